@@ -1,0 +1,17 @@
+"""Parts of training that MMEngine lacks. Importing it registers them."""
+
+from deform_gqa.engine.bfloat16_optim_wrapper import BFloat16OptimWrapper
+from deform_gqa.engine.checkpoint_io import (
+    check_checkpoint,
+    load_checkpoint,
+    use_safe_loading,
+)
+from deform_gqa.engine.hooks import ResumableCheckpointHook
+
+__all__ = [
+    'BFloat16OptimWrapper',
+    'ResumableCheckpointHook',
+    'check_checkpoint',
+    'load_checkpoint',
+    'use_safe_loading',
+]

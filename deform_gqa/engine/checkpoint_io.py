@@ -1,0 +1,182 @@
+"""Checkpoint files that are written whole and read without running code.
+
+mmengine writes a checkpoint in place, so that a killed process leaves half a file,
+and its reader falls back to the full unpickler, which runs whatever a file asks for.
+"""
+
+import contextlib
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.dist import barrier, get_rank
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+from torch.serialization import safe_globals
+
+__all__ = [
+    'AtomicLocalBackend',
+    'check_checkpoint',
+    'load_checkpoint',
+    'use_safe_loading',
+]
+
+_NUMPY_SCALARS = (np.bool_, np.int32, np.int64, np.uint8, np.uint32, np.float32)
+
+
+@register_backend('atomic_local', force=True)
+class AtomicLocalBackend(LocalBackend):
+    """Local files that are replaced in one step.
+
+    Chosen with ``backend_args=dict(backend='atomic_local')``. A reader sees the old
+    file or the new one, never a part, whenever the writer is killed.
+    """
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Writes ``obj`` beside ``filepath``, syncs it to disk and renames it."""
+        filepath = Path(filepath)
+        filepath.parent.mkdir(parents=True, exist_ok=True)
+        part = filepath.with_name(filepath.name + '.part')
+        with open(part, 'wb') as file:
+            file.write(obj)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, filepath)
+        _sync_folder(filepath.parent)
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+        """As :meth:`put`, for text."""
+        self.put(obj.encode(encoding), filepath)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _get_statistics_method(owner: type, name: str) -> Callable:
+    """What ``getattr`` in a checkpoint is read as: a history buffer's method.
+
+    A history buffer pickles its public statistics methods by ``getattr``. The real
+    one would let a file reach anything from there.
+    """
+    if owner is not HistoryBuffer or name.startswith('_'):
+        raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r}) is not allowed')
+    return getattr(HistoryBuffer, name)
+
+
+def _allowed_globals() -> list:
+    """What mmengine's own checkpoints hold besides tensors and plain values."""
+    multiarray = np.core.multiarray if np.__version__ < '2' else np._core.multiarray
+    # NumPy 2 renamed the module; files written with NumPy 1 have the old name.
+    allowed = [
+        (function, f'numpy.{core}.multiarray.{function.__name__}')
+        for core in ('core', '_core')
+        for function in (multiarray._reconstruct, multiarray.scalar)
+    ]
+    dtypes = {type(np.dtype(scalar)) for scalar in (*_NUMPY_SCALARS, np.float64)}
+    allowed += [np.ndarray, np.dtype, *dtypes, slice, HistoryBuffer]
+    allowed.append((_get_statistics_method, 'builtins.getattr'))
+    return allowed
+
+
+@contextlib.contextmanager
+def _explained(filename: str) -> Iterator[None]:
+    """Names the file in the errors of torch's reader."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        # torch puts the reason into one line of a long general text
+        reason = re.search(r'WeightsUnpickler error:\s*(.+)', str(error))
+        reason = str(error) if reason is None else reason[1].strip()
+        raise ValueError(
+            f'checkpoint {filename!r} was refused, because reading it could run code '
+            f'({reason}). If you trust it, write its weights to a new file: '
+            "torch.save({'state_dict': torch.load(FILE, weights_only=False)"
+            "['state_dict']}, NEW_FILE)"
+        ) from error
+    except (EOFError, RuntimeError) as error:
+        raise ValueError(f'checkpoint {filename!r} cannot be read: {error}') from error
+
+
+def load_checkpoint(
+    filename: str | Path, map_location: str | torch.device | None = None
+) -> dict:
+    """Reads a local checkpoint with torch's weights-only unpickler.
+
+    Args:
+        filename (str or Path): A file that ``torch.save`` wrote.
+        map_location (str or torch.device, optional): As in ``torch.load``.
+
+    Returns:
+        dict: The checkpoint.
+
+    Raises:
+        FileNotFoundError: ``filename`` is no file.
+        ValueError: The file is damaged, or holds something else than tensors, plain
+            values and what mmengine itself stores.
+    """
+    filename = os.path.expanduser(filename)
+    if not os.path.isfile(filename):
+        raise FileNotFoundError(f'checkpoint {filename!r} does not exist')
+    with _explained(filename), safe_globals(_allowed_globals()):
+        return torch.load(
+            filename,
+            map_location=map_location,
+            weights_only=True,
+            # maps the tensors' bytes instead of reading them, where the format can
+            mmap=map_location == 'meta' and zipfile.is_zipfile(filename),
+        )
+
+
+def check_checkpoint(filename: str | Path) -> None:
+    """Raises what :func:`load_checkpoint` would raise, without reading the weights.
+
+    Args:
+        filename (str or Path): A local file. An address with a scheme, such as
+            ``https://``, is not looked at: it is checked when it is loaded.
+    """
+    if '://' not in str(filename):
+        load_checkpoint(filename, map_location='meta')
+
+
+def load_from_http(url: str, map_location: str | torch.device | None = None) -> dict:
+    """As :func:`load_checkpoint`, for a web address; one process downloads."""
+    if get_rank() > 0:
+        barrier()
+    with _explained(url), safe_globals(_allowed_globals()):
+        checkpoint = torch.hub.load_state_dict_from_url(
+            url, map_location=map_location, weights_only=True, progress=False
+        )
+    if get_rank() == 0:
+        barrier()
+    return checkpoint
+
+
+def load_from_local(
+    filename: str, map_location: str | torch.device | None = None
+) -> dict:
+    """:func:`load_checkpoint` by the kind of name that mmengine puts into its log."""
+    return load_checkpoint(filename, map_location)
+
+
+def use_safe_loading() -> None:
+    """Makes every checkpoint that mmengine loads in this process pass our reader.
+
+    That covers ``load_from``, ``resume`` and ``init_cfg=dict(type='Pretrained')``,
+    for local files and web addresses.
+    """
+    CheckpointLoader.register_scheme('', load_from_local, force=True)
+    CheckpointLoader.register_scheme(
+        ('http://', 'https://'), load_from_http, force=True
+    )

@@ -1,0 +1,196 @@
+"""What the command-line tools for training and testing share."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from deform_gqa.engine.checkpoint_io import check_checkpoint, use_safe_loading
+
+__all__ = [
+    'add_common_arguments',
+    'build_runner',
+    'check_common_arguments',
+    'find_checkpoint_to_resume',
+    'load_config',
+    'use_amp',
+    'use_auto_scale_lr',
+    'use_resumable_checkpoints',
+    'use_tta',
+]
+
+# Each launcher's names for the rank, the number of processes and the local rank.
+_LAUNCHER_VARIABLES = dict(
+    pytorch=('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    slurm=('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    mpi=(
+        'OMPI_COMM_WORLD_RANK',
+        'OMPI_COMM_WORLD_SIZE',
+        'OMPI_COMM_WORLD_LOCAL_RANK',
+    ),
+)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that training and testing both have."""
+    parser.add_argument('--work-dir', help='folder for logs, metrics and checkpoints')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings that override those of the config, as key=value with dots in '
+        'the key; lists as key="[a,b]" or key=a,b, nested as key="[(a,b),(c,d)]", '
+        'with the quotation marks and without spaces',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', *_LAUNCHER_VARIABLES],
+        default='none',
+        help='what started the processes of a distributed run',
+    )
+    # torch.distributed.launch passes it, with a hyphen since PyTorch 2.0.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def check_common_arguments(args: argparse.Namespace) -> None:
+    """Finds mistakes before anything is imported, built or written.
+
+    Raises:
+        FileNotFoundError: There is no config file at ``args.config``.
+        ValueError: A variable that ``args.launcher`` sets is missing.
+    """
+    if not os.path.isfile(args.config):
+        raise FileNotFoundError(f'config file {args.config!r} does not exist')
+    if args.launcher != 'none':
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+        for name in _LAUNCHER_VARIABLES[args.launcher]:
+            if name not in os.environ:
+                raise ValueError(
+                    f'launcher {args.launcher!r} needs the environment variable '
+                    f'{name}, which is not set; start a run with '
+                    'tools/dist_*.sh or tools/slurm_*.sh'
+                )
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Reads the config and applies the options that both tools have.
+
+    The work folder is that of the command line, else the config's, else
+    ``work_dirs/`` and the name of the config.
+    """
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
+    return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Builds the runner, in a process set up for safe loading and for the CPU."""
+    setup_cache_size_limit_of_dynamo()
+    use_safe_loading()
+    if cfg.launcher != 'none' and not torch.cuda.is_available():
+        _use_gloo(cfg)
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)
+
+
+def _use_gloo(cfg: Config) -> None:
+    """Distributed runs without a GPU, where mmengine selects a CUDA device.
+
+    The runner keeps a process group that exists, and a wrapper's ``device_ids``.
+    """
+    names = _LAUNCHER_VARIABLES[cfg.launcher]
+    rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+    os.environ['LOCAL_RANK'] = str(local_rank)
+    torch.distributed.init_process_group('gloo', rank=rank, world_size=world_size)
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    wrapper.update(cfg.get('model_wrapper_cfg', {}))
+    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
+
+
+def use_amp(cfg: Config) -> None:
+    """Turns on mixed precision: float16 on a GPU, bfloat16 on the CPU."""
+    if torch.cuda.is_available():
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    else:
+        cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+        for option in ('loss_scale', 'dtype'):
+            cfg.optim_wrapper.pop(option, None)
+
+
+def use_auto_scale_lr(cfg: Config) -> None:
+    """Scales the learning rate with the batch size.
+
+    Raises:
+        ValueError: The config does not say which batch size its rate is made for.
+    """
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise ValueError(
+            '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the '
+            f'config, got auto_scale_lr={cfg.get("auto_scale_lr")!r}'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def use_resumable_checkpoints(cfg: Config) -> None:
+    """Replaces mmengine's checkpoint hook by ours, which takes the same options."""
+    hook = cfg.get('default_hooks', {}).get('checkpoint')
+    if hook is not None and hook.get('type') == 'CheckpointHook':
+        hook.type = 'ResumableCheckpointHook'
+
+
+def use_tta(cfg: Config) -> None:
+    """Tests on each image and its mirror image, unless the config says otherwise."""
+    cfg.setdefault(
+        'tta_model',
+        dict(
+            type='DetTTAModel',
+            tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
+        ),
+    )
+    dataset = cfg.test_dataloader.dataset
+    if 'tta_pipeline' not in cfg:
+        innermost = dataset
+        while 'dataset' in innermost:
+            innermost = innermost.dataset
+        cfg.tta_pipeline = [*innermost.pipeline[:-1], _mirror_transform()]
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def _mirror_transform() -> dict:
+    keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+    pack = dict(type='PackDetInputs', meta_keys=(*keys, 'flip', 'flip_direction'))
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+    return dict(type='TestTimeAug', transforms=[flips, [pack]])
+
+
+def find_checkpoint_to_resume(work_dir: str) -> str | None:
+    """The newest checkpoint of a work folder, or None where there is none yet.
+
+    Raises:
+        FileNotFoundError: The folder's ``last_checkpoint`` names a missing file.
+        ValueError: The file is damaged or unsafe to read.
+    """
+    pointer = Path(work_dir, 'last_checkpoint')
+    if not pointer.is_file():
+        return None
+    path = pointer.read_text().strip()
+    check_checkpoint(path)
+    return path

@@ -1,0 +1,5 @@
+"""Backbones, registered in mmdet's MODELS."""
+
+from .dat import DAT
+
+__all__ = ["DAT"]

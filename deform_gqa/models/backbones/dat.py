@@ -1,0 +1,196 @@
+"""DAT and DAT++ backbones with grouped-query heads."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..layers.norm import ChannelLayerNorm
+from .blocks import check_letters
+from .dat_arch import NUM_STAGES, resolve_arch
+from .dat_checkpoint import load_dat_checkpoint
+from .dat_stage import DATStage
+
+
+@MODELS.register_module()
+class DAT(BaseModule):
+    """Vision transformer with deformable attention: images to maps at strides 4 to 32.
+
+    Takes images (B, 3, H, W) of 32 x 32 pixels and more, square or not, padded or not,
+    and returns a tuple of maps (B, C_i, H / 4 / 2^i, W / 4 / 2^i), one for each of
+    ``out_indices`` (sides round up with ``conv_stem``, down without).
+
+    Args:
+        arch: 't', 's', 'b' (DAT) or 't++', 's++', 'b++' (DAT++), or a dict with the
+            options of ``dat_arch.ARCH_DEFAULTS``. Block letters are L (window), S
+            (shifted window), N (neighborhood), D (deformable), P (pyramid), X
+            (depthwise convolution), or new ones that ``attention`` defines.
+        num_kv_heads: Key/value heads of every attention block: None for as many as
+            query heads, one number, or one a stage.
+        attention: By block letter, what its blocks build: ``dict(type=..., ...)``.
+            Options add to the arch's for the letter's default class; another class gets
+            dim, num_heads, num_kv_heads, the drop rates and its own options only.
+        out_indices: Stages whose (normalised) maps are returned, of 0 to 3.
+        drop_rate: Dropout of projections and MLPs, in [0, 1).
+        attn_drop_rate: Dropout of attention weights, in [0, 1).
+        drop_path_rate: Stochastic depth of the last block, in [0, 1); earlier blocks
+            less, linearly.
+        with_cp: Activation checkpointing of every block.
+        frozen_stages: -1 for none, 0 for the stem, n for the stem and n stages.
+        norm_eval: Keep batch norms (of overriding attention classes) in eval mode.
+        backend: Backend of the attention ops: 'auto', 'naive', 'torch' or 'triton'.
+        init_cfg: mmengine's. ``dict(type='Pretrained', checkpoint=...)`` takes official
+            DAT checkpoints of the classification and the detection repository.
+
+    Raises:
+        TypeError: For an attention option that its class does not take.
+        ValueError: For any other option out of range, naming it and its value; in
+            ``forward`` for images of less than 32 x 32 pixels.
+
+    Source: Xia et al. (arXiv 2201.00520, 2309.01430), LeapLabTHU/DAT and
+    LeapLabTHU/DAT-Detection.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "t++",
+        num_kv_heads: int | Sequence[int] | None = None,
+        attention: Mapping[str, Any] | None = None,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        backend: str = "auto",
+        init_cfg: dict | None = None,
+    ):
+        super().__init__(init_cfg)
+        self.arch = resolve_arch(arch)
+        attention = {} if attention is None else attention
+        check_letters(self.arch["block_types"], attention)
+        kv_heads = self._kv_heads(num_kv_heads)
+        self._check(out_indices, frozen_stages)
+        for name, rate in (
+            ("drop_rate", drop_rate),
+            ("attn_drop_rate", attn_drop_rate),
+            ("drop_path_rate", drop_path_rate),
+        ):
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {rate}")
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+
+        dims, depths = self.arch["embed_dims"], self.arch["depths"]
+        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        self.patch_proj = self._stem(self.arch["stem_dim"])
+        self.stages = nn.ModuleList(
+            DATStage(
+                self.arch,
+                i,
+                dim_in=dims[i] if i else self.arch["stem_dim"],
+                attention=attention,
+                drop_path_rates=rates[sum(depths[:i]) : sum(depths[: i + 1])],
+                drop_rate=drop_rate,
+                with_cp=with_cp,
+                num_kv_heads=kv_heads[i],
+                attn_drop=attn_drop_rate,
+                proj_drop=drop_rate,
+                backend=backend,
+            )
+            for i in range(NUM_STAGES)
+        )
+        self.norms = nn.ModuleList(
+            ChannelLayerNorm(dims[i]) if i in self.out_indices else nn.Identity()
+            for i in range(NUM_STAGES)
+        )
+        kernel = (3, 2, 1) if self.arch["conv_stem"] else (2, 2, 0)
+        self.down_projs = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(dims[i], dims[i + 1], *kernel, bias=False),
+                ChannelLayerNorm(dims[i + 1]),
+            )
+            for i in range(NUM_STAGES - 1)
+        )
+        self._freeze()
+
+    def _kv_heads(self, num_kv_heads) -> Sequence[int | None]:
+        if num_kv_heads is None or isinstance(num_kv_heads, int):
+            return (num_kv_heads,) * NUM_STAGES
+        if len(num_kv_heads) != NUM_STAGES:
+            raise ValueError(
+                f"num_kv_heads must be one number or {NUM_STAGES}, got {num_kv_heads}"
+            )
+        return num_kv_heads
+
+    @staticmethod
+    def _check(out_indices: Sequence[int], frozen_stages: int) -> None:
+        if not out_indices or not set(out_indices) <= set(range(NUM_STAGES)):
+            raise ValueError(
+                f"out_indices must be among 0 to {NUM_STAGES - 1}, got {out_indices}"
+            )
+        if not -1 <= frozen_stages <= NUM_STAGES:
+            raise ValueError(
+                f"frozen_stages must be from -1 to {NUM_STAGES}, got {frozen_stages}"
+            )
+
+    def _stem(self, dim: int) -> nn.Sequential:
+        if not self.arch["conv_stem"]:
+            return nn.Sequential(nn.Conv2d(3, dim, 4, 4), ChannelLayerNorm(dim))
+        return nn.Sequential(
+            nn.Conv2d(3, dim // 2, 3, 2, 1),
+            ChannelLayerNorm(dim // 2),
+            nn.GELU(),
+            nn.Conv2d(dim // 2, dim, 3, 2, 1),
+            ChannelLayerNorm(dim),
+        )
+
+    def init_weights(self) -> None:
+        """Loads ``init_cfg``'s checkpoint, or initialises as ``init_cfg`` says."""
+        if self.init_cfg is None or self.init_cfg.get("type") != "Pretrained":
+            super().init_weights()
+            return
+        load_dat_checkpoint(self, self.init_cfg["checkpoint"])
+        self._is_init = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 32:
+            raise ValueError(
+                f"images must be (B, 3, H, W) of at least 32 x 32, got {tuple(x.shape)}"
+            )
+        x = self.patch_proj(x)
+        outs = []
+        for i, stage in enumerate(self.stages):
+            if i > 0:
+                x = self.down_projs[i - 1](x)
+            x = stage(x)
+            if i in self.out_indices:
+                outs.append(self.norms[i](x).contiguous())
+        return tuple(outs)
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen = [self.patch_proj]
+        for i in range(self.frozen_stages):
+            frozen += [self.stages[i], self.norms[i]]
+            if i > 0:
+                frozen.append(self.down_projs[i - 1])
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "DAT":
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self

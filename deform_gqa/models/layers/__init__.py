@@ -1,0 +1,23 @@
+"""Attention modules and the parts of a DAT block; attention is registered in MODELS."""
+
+from .deformable_gqa import DeformableGQA
+from .depthwise import DepthwiseConv
+from .mlp import MLP, ConvMLP
+from .multihead_gqa import MultiheadGQA
+from .neighborhood_attention import NeighborhoodAttention
+from .norm import ChannelLayerNorm
+from .pyramid_attention import PyramidAttention
+from .window_attention import ShiftedWindowAttention, WindowAttention
+
+__all__ = [
+    "MLP",
+    "ChannelLayerNorm",
+    "ConvMLP",
+    "DeformableGQA",
+    "DepthwiseConv",
+    "MultiheadGQA",
+    "NeighborhoodAttention",
+    "PyramidAttention",
+    "ShiftedWindowAttention",
+    "WindowAttention",
+]

@@ -1,0 +1,240 @@
+"""Block letter D: deformable attention with grouped-query heads."""
+
+import torch
+import torch.nn.functional as F
+from mmdet.registry import MODELS
+from mmengine.utils import to_2tuple
+from torch import Tensor, nn
+
+from deform_gqa.ops import deform_attn, deform_sample
+
+from .heads import check_heads, merge_heads, split_heads
+from .norm import ChannelLayerNorm
+from .position_bias import POSITION_BIASES, build_position_bias, log_cpb_attention
+
+
+def reference_points(size: tuple[int, int], like: Tensor) -> Tensor:
+    """Centres of the cells of a grid, (h * w, 2) in (y, x), [-1, 1] align_corners.
+
+    The centre of cell i of n is 2 (i + 0.5) / (n - 1) - 1, as in the official code:
+    half a cell right of where align_corners=True puts the cell; 0 where n is 1.
+    """
+    axes = []
+    for side in size:
+        if side == 1:
+            axes.append(like.new_zeros(1))
+        else:
+            cell = torch.arange(side, dtype=like.dtype, device=like.device)
+            axes.append((cell + 0.5) * (2 / (side - 1)) - 1)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+
+
+@MODELS.register_module()
+class DeformableGQA(nn.Module):
+    """Deformable attention of DAT with grouped-query heads.
+
+    A small network of the queries predicts, for each cell of a strided grid and each
+    offset group, where to sample the map; keys and values are projections of these
+    samples, shared by all queries. (B, C, H, W) -> (B, C, H, W), any H and W.
+
+    With ``num_kv_heads=num_heads`` names and shapes of the parameters are the official
+    ones, and so are outputs and gradients.
+
+    Args:
+        dim: Number of channels C.
+        num_heads: Query heads Hq; ``dim`` is a multiple.
+        num_kv_heads: Key/value heads Hkv that divide ``num_heads``; None for
+            ``num_heads``.
+        offset_groups: Groups G of channels and query heads with samples of their own;
+            divides ``dim`` and ``num_heads``.
+        stride: Pixels between the sampled grid's cells.
+        offset_kernel_size: Side of the offset network's depthwise convolution.
+        offset_range_factor: Largest offset in half cells of the sampled grid (tanh
+            limits it); negative for no limit, with positions clamped to the map.
+        table_size: (H0, W0), or one number for both: the map size that the bias table
+            is made for; needed by the position biases 'table' and 'fixed'.
+        position_bias: 'table' (a (num_heads, 2 * H0 - 1, 2 * W0 - 1) parameter
+            ``rpe_table``, interpolated at any map size), 'log_cpb' (an MLP of the signed
+            log displacement), 'fixed' (a dense bias, for maps of ``table_size`` alone),
+            'dwc' (a depthwise convolution of q added to the output), or None.
+        use_offset: False pools the map instead of sampling it; no position bias then,
+            as in the official code.
+        attn_drop: Dropout of the attention weights, in [0, 1).
+        proj_drop: Dropout of the output, in [0, 1).
+        backend: Backend of :func:`deform_gqa.ops.deform_attn` and ``deform_sample``.
+
+    Raises:
+        ValueError: For counts that do not divide, an unknown ``position_bias``, a
+            missing ``table_size``, a stride or kernel below 1; in ``forward`` for a map
+            that the 'fixed' bias is not made for, or smaller than the kernel of an
+            unpadded offset convolution.
+
+    Source: Xia et al. (arXiv 2201.00520, 2309.01430), ``DAttentionBaseline`` of
+    LeapLabTHU/DAT; Ainslie et al., "GQA" (arXiv 2305.13245).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        offset_groups: int = 1,
+        stride: int = 1,
+        offset_kernel_size: int = 5,
+        offset_range_factor: float = -1,
+        table_size: int | tuple[int, int] | None = None,
+        position_bias: str | None = "table",
+        use_offset: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
+        self._check(num_heads, offset_groups, stride, offset_kernel_size, position_bias)
+        self.offset_groups = offset_groups
+        self.stride = stride
+        self.offset_kernel_size = offset_kernel_size
+        self.offset_range_factor = offset_range_factor
+        self.use_offset = use_offset
+        self.backend = backend
+        self.position_bias = position_bias if use_offset else None
+
+        group_dim = dim // offset_groups
+        kv_dim = dim // num_heads * self.num_kv_heads
+        self.conv_offset = nn.Sequential(
+            nn.Conv2d(
+                group_dim,
+                group_dim,
+                offset_kernel_size,
+                stride,
+                offset_kernel_size // 2 if offset_kernel_size != stride else 0,
+                groups=group_dim,
+            ),
+            ChannelLayerNorm(group_dim),
+            nn.GELU(),
+            nn.Conv2d(group_dim, 2, 1, bias=False),
+        )
+        self.conv_offset.requires_grad_(use_offset)
+        self.proj_q = nn.Conv2d(dim, dim, 1)
+        self.proj_k = nn.Conv2d(dim, kv_dim, 1)
+        self.proj_v = nn.Conv2d(dim, kv_dim, 1)
+        self.proj_out = nn.Conv2d(dim, dim, 1)
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.rpe_table = build_position_bias(
+            self.position_bias,
+            dim,
+            num_heads,
+            offset_groups,
+            None if table_size is None else to_2tuple(table_size),
+            stride,
+        )
+
+    @staticmethod
+    def _check(num_heads, offset_groups, stride, offset_kernel_size, position_bias):
+        if offset_groups < 1 or num_heads % offset_groups:
+            raise ValueError(
+                f"num_heads must be a multiple of offset_groups, got "
+                f"num_heads={num_heads}, offset_groups={offset_groups}"
+            )
+        if stride < 1:
+            raise ValueError(f"stride must be at least 1, got {stride}")
+        if offset_kernel_size < 1:
+            raise ValueError(
+                f"offset_kernel_size must be at least 1, got {offset_kernel_size}"
+            )
+        if position_bias not in POSITION_BIASES:
+            raise ValueError(
+                f"position_bias must be one of {POSITION_BIASES}, got {position_bias!r}"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid_size = tuple(x.shape[2:])
+        q_map = self.proj_q(x)
+        pos = self.sampling_positions(q_map) if self.use_offset else None
+        sampled = self._pool(x) if pos is None else self._sample(x, pos)
+        q = split_heads(q_map, self.num_heads)
+        k = split_heads(self.proj_k(sampled), self.num_kv_heads)
+        v = split_heads(self.proj_v(sampled), self.num_kv_heads)
+        out = merge_heads(self._attend(q, k, v, pos, grid_size), grid_size)
+        if self.position_bias == "dwc":
+            out = out + self.rpe_table(q_map)
+        return self.proj_drop(self.proj_out(out))
+
+    def sampling_positions(self, q_map: Tensor) -> Tensor:
+        """Where keys are sampled: (B, G, S, 2) in (y, x), [-1, 1] is the map.
+
+        Args:
+            q_map: (B, C, H, W), the projected queries.
+
+        Returns:
+            float32 whatever the autocast dtype (float64 for float64 queries).
+        """
+        kernel = self.offset_kernel_size
+        if kernel == self.stride and min(q_map.shape[2:]) < kernel:
+            raise ValueError(
+                f"the map {tuple(q_map.shape[2:])} is smaller than the unpadded offset "
+                f"kernel (offset_kernel_size = stride = {kernel})"
+            )
+        dtype = torch.float64 if q_map.dtype == torch.float64 else torch.float32
+        batch = q_map.shape[0]
+        groups = q_map.reshape(batch * self.offset_groups, -1, *q_map.shape[2:])
+        # bf16 offsets would move a sample by up to a third of a pixel of a wide map.
+        with torch.autocast(q_map.device.type, enabled=False):
+            weight = self.conv_offset[0].weight
+            offset = self.conv_offset(groups.to(weight.dtype)).to(dtype)
+        size = tuple(offset.shape[2:])
+        offset = offset.flatten(2).transpose(1, 2)  # (B * G, S, 2)
+        if self.offset_range_factor >= 0:
+            cells = offset.new_tensor([max(side - 1, 1) for side in size])
+            offset = offset.tanh() * (self.offset_range_factor / cells)
+        pos = offset + reference_points(size, offset)
+        if self.offset_range_factor < 0:
+            pos = pos.clamp(-1, 1)
+        return pos.unflatten(0, (batch, self.offset_groups))
+
+    def _sample(self, x: Tensor, pos: Tensor) -> Tensor:
+        """(B, C, 1, S) samples of x."""
+        return deform_sample(x, pos, backend=self.backend).unsqueeze(2)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """(B, C, Hk, Wk): means of x over the cells, cut off at the border."""
+        return F.avg_pool2d(
+            x, self.stride, self.stride, ceil_mode=True, count_include_pad=False
+        )
+
+    def _attend(self, q, k, v, pos, grid_size) -> Tensor:
+        dropout_p = self.attn_drop if self.training else 0.0
+        if self.position_bias == "log_cpb":
+            return log_cpb_attention(
+                q, k, v, pos, self.rpe_table, grid_size, dropout_p
+            )
+        if self.position_bias == "fixed":
+            return self._attend_fixed(q, k, v, grid_size, dropout_p)
+        table = self.rpe_table if self.position_bias == "table" else None
+        return deform_attn(
+            q,
+            k,
+            v,
+            pos,
+            table,
+            grid_size=grid_size,
+            dropout_p=dropout_p,
+            pos_in_range=self.offset_range_factor < 0,
+            backend=self.backend,
+        )
+
+    def _attend_fixed(self, q, k, v, grid_size, dropout_p) -> Tensor:
+        if (q.shape[2], k.shape[2]) != tuple(self.rpe_table.shape[1:]):
+            raise ValueError(
+                f"position_bias='fixed' is made for {self.rpe_table.shape[1]} queries "
+                f"and {self.rpe_table.shape[2]} keys, got a map {grid_size} with "
+                f"{k.shape[2]} keys"
+            )
+        k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
+                for t in (k, v))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.rpe_table.to(q.dtype), dropout_p=dropout_p
+        )

@@ -1,0 +1,32 @@
+"""Block letter X: a depthwise convolution in the place of attention."""
+
+from mmdet.registry import MODELS
+from torch import nn
+
+
+@MODELS.register_module()
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution (B, C, H, W) -> (B, C, H, W), as in ConvNeXt.
+
+    Args:
+        dim: Number of channels C.
+        num_heads: Unused; part of the interface that all blocks share.
+        kernel_size: Odd side of the kernel.
+        num_kv_heads: Unused, as ``num_heads``.
+
+    Raises:
+        ValueError: If ``kernel_size`` is not odd.
+
+    Source: block letter X of LeapLabTHU/DAT.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        kernel_size: int = 7,
+        num_kv_heads: int | None = None,
+    ):
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)

@@ -1,0 +1,34 @@
+"""Head counts shared by the attention modules."""
+
+from torch import Tensor
+
+
+def check_heads(dim: int, num_heads: int, num_kv_heads: int | None) -> int:
+    """The number of kv heads; ``num_heads`` where None is given.
+
+    Raises:
+        ValueError: If ``dim`` is no multiple of ``num_heads``, or ``num_heads`` no
+            multiple of ``num_kv_heads``.
+    """
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(
+            f"dim must be a multiple of num_heads, got dim={dim}, num_heads={num_heads}"
+        )
+    if num_kv_heads is None:
+        return num_heads
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads, got num_heads={num_heads}, "
+            f"num_kv_heads={num_kv_heads}"
+        )
+    return num_kv_heads
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """A map (B, h * D, H, W) -> (B, h, H * W, D), a view."""
+    return x.flatten(2).unflatten(1, (num_heads, -1)).transpose(2, 3)
+
+
+def merge_heads(x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """(B, h, H * W, D) -> a map (B, h * D, H, W)."""
+    return x.transpose(2, 3).flatten(1, 2).unflatten(2, grid_size)

@@ -1,0 +1,214 @@
+"""Grouped-query attention as a module for token sequences."""
+
+import torch
+from mmdet.registry import MODELS
+from torch import Tensor, nn
+
+from ...ops import checks
+from ...ops.gqa import attend_grouped, causal_mask
+
+
+@MODELS.register_module()
+class MultiheadGQA(nn.Module):
+    """Multi-head attention with fewer key / value heads than query heads.
+
+    Stands in for ``nn.MultiheadAttention(batch_first=True)``: masks mean the same,
+    and with ``kv_heads == query_heads`` and ``layer_norm=False`` so do outputs. Two
+    differences: a query that may attend to nothing gets zeros from the attention, not
+    nan; weights are returned only on demand, with the heads last.
+
+    Parameters have the names of the original and its initialisation; its checkpoints
+    load. Its limits on the head dimension (a multiple of 8 up to 128) came from an old
+    flash attention and are gone, and unlike there dropout takes effect.
+
+    Args:
+        embed_dim: Channels C of query, key, value and output.
+        query_heads: Hq; divides ``embed_dim``.
+        kv_heads: Hkv; divides ``query_heads``.
+        dropout: Dropout of the attention weights in training, in [0, 1).
+        bias: Whether the projections have biases.
+        layer_norm: Normalise before the output projection (as MAGNETO, arXiv
+            2210.06423, does).
+        layer_norm_eps: Epsilon of that norm.
+        gamma_init: Gain of the initial weights of the value and output projections.
+        device: Device of the parameters.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: For numbers of channels or heads that do not divide each other, or
+            a dropout out of range.
+
+    Source: Ainslie et al., "GQA" (arXiv 2305.13245);
+    https://github.com/fkodom/grouped-query-attention-pytorch.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        query_heads: int,
+        kv_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if query_heads < 1 or embed_dim < 1 or embed_dim % query_heads:
+            raise ValueError(
+                f'embed_dim must be a multiple of query_heads, got '
+                f'embed_dim={embed_dim}, query_heads={query_heads}'
+            )
+        if kv_heads < 1 or query_heads % kv_heads:
+            raise ValueError(
+                f'query_heads must be a multiple of kv_heads, got '
+                f'query_heads={query_heads}, kv_heads={kv_heads}'
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f'dropout must be in [0, 1), got {dropout}')
+        self.embed_dim = embed_dim
+        self.query_heads = query_heads
+        self.kv_heads = kv_heads
+        self.dropout = dropout
+        self.gamma_init = gamma_init
+
+        kv_dim = embed_dim // query_heads * kv_heads
+        factory = {'device': device, 'dtype': dtype}
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
+        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **factory)
+        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **factory)
+        self.norm = (
+            nn.LayerNorm(embed_dim, eps=layer_norm_eps, **factory)
+            if layer_norm
+            else None
+        )
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier normal weights, zero biases."""
+        for proj, gain in (
+            (self.q_proj, 1.0),
+            (self.k_proj, 1.0),
+            (self.v_proj, self.gamma_init),
+            (self.out_proj, self.gamma_init),
+        ):
+            nn.init.xavier_normal_(proj.weight, gain=gain)
+            if proj.bias is not None:
+                nn.init.zeros_(proj.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        average_attn_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from every query to the keys.
+
+        Args:
+            query: (B, L, C), any floating dtype.
+            key: (B, S, C).
+            value: (B, S, C).
+            need_weights: Also return the attention weights.
+            attn_mask: (L, S) or (B * Hq, L, S). Boolean: True where attention is NOT
+                allowed; floating: added to the logits.
+            key_padding_mask: (B, S). Boolean: True for keys to ignore; floating: added
+                to the logits.
+            is_causal: Query i attends to keys 0 to i only, beside what masks forbid.
+            average_attn_weights: Average the returned weights over the heads.
+
+        Returns:
+            Output (B, L, C) and weights (B, L, S, Hq) after dropout, or (B, L, S) if
+            averaged, or None.
+
+        Raises:
+            TypeError: For a mask that is neither boolean nor floating.
+            ValueError: For shapes that do not fit.
+        """
+        self._check_inputs(query, key, value)
+        mask = self._merge_masks(query, key, attn_mask, key_padding_mask)
+        if mask is not None and is_causal:
+            causal = causal_mask(query.shape[1], key.shape[1], query.device)
+            mask, is_causal = _intersect(mask, causal), False
+        out, weights = attend_grouped(
+            self.q_proj(query).unflatten(-1, (self.query_heads, -1)),
+            self.k_proj(key).unflatten(-1, (self.kv_heads, -1)),
+            self.v_proj(value).unflatten(-1, (self.kv_heads, -1)),
+            attn_mask=mask,
+            is_causal=is_causal,
+            dropout=self.dropout if self.training else 0.0,
+            scale=(self.embed_dim // self.query_heads) ** -0.5,
+            need_weights=need_weights,
+            average_attn_weights=average_attn_weights,
+        )
+        out = out.flatten(2)
+        if self.norm is not None:
+            out = self.norm(out)
+        return self.out_proj(out), weights
+
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        checks.check_tensor('query', query, 'B L C')
+        checks.check_tensor('key', key, 'B S C')
+        checks.check_tensor('value', value, 'B S C')
+        batch, length, _ = query.shape
+        keys = (batch, key.shape[1], self.embed_dim)
+        checks.check_shape(
+            'query', query, (batch, length, self.embed_dim), '(B, L, embed_dim)'
+        )
+        checks.check_shape('key', key, keys, '(B, S, embed_dim)')
+        checks.check_shape('value', value, keys, '(B, S, embed_dim)')
+
+    def _merge_masks(
+        self,
+        query: Tensor,
+        key: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+    ) -> Tensor | None:
+        """One mask that broadcasts to (B, Hq, L, S), True = allowed or additive."""
+        batch, length, num_keys = query.shape[0], query.shape[1], key.shape[1]
+        masks = []
+        if attn_mask is not None:
+            _check_mask_dtype('attn_mask', attn_mask)
+            expected = (length, num_keys)
+            if attn_mask.ndim != 2:
+                expected = (batch * self.query_heads, *expected)
+            checks.check_shape(
+                'attn_mask', attn_mask, expected, '(L, S) or (B * query_heads, L, S)'
+            )
+            if attn_mask.ndim == 3:
+                attn_mask = attn_mask.unflatten(0, (batch, self.query_heads))
+            masks.append(attn_mask)
+        if key_padding_mask is not None:
+            _check_mask_dtype('key_padding_mask', key_padding_mask)
+            checks.check_shape(
+                'key_padding_mask', key_padding_mask, (batch, num_keys), '(B, S)'
+            )
+            masks.append(key_padding_mask[:, None, None])
+        masks = [~mask if mask.dtype == torch.bool else mask for mask in masks]
+        if len(masks) == 2:
+            return _intersect(*masks)
+        return masks[0] if masks else None
+
+
+def _check_mask_dtype(name: str, mask: Tensor) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f'{name} must be boolean or floating, got {mask.dtype}')
+
+
+def _intersect(first: Tensor, second: Tensor) -> Tensor:
+    """Both masks at once; each is boolean (True allows) or additive."""
+    if first.dtype == second.dtype == torch.bool:
+        return first & second
+    if first.dtype == torch.bool:
+        first, second = second, first
+    if second.dtype == torch.bool:
+        return torch.where(second, first, -torch.inf)
+    return first + second

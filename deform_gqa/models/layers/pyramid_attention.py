@@ -1,0 +1,74 @@
+"""Block letter P: attention to a spatially reduced map."""
+
+import torch.nn.functional as F
+from mmdet.registry import MODELS
+from torch import Tensor, nn
+
+from deform_gqa.ops.naive import repeat_kv
+
+from .heads import check_heads, merge_heads, split_heads
+from .norm import ChannelLayerNorm
+
+
+@MODELS.register_module()
+class PyramidAttention(nn.Module):
+    """Spatial-reduction attention, (B, C, H, W) -> (B, C, H, W).
+
+    Args:
+        dim: Number of channels C.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads; None for ``num_heads``.
+        sr_ratio: Stride (and kernel) of the convolution that reduces the map of the
+            keys; 1 for none.
+        attn_drop: Dropout of the attention weights, in [0, 1).
+        proj_drop: Dropout of the output, in [0, 1).
+
+    Raises:
+        ValueError: For head counts that do not divide or ``sr_ratio`` below 1.
+
+    Source: Wang et al., "Pyramid Vision Transformer" (arXiv 2102.12122);
+    ``PyramidAttention`` of LeapLabTHU/DAT.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        sr_ratio: int = 1,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
+        if sr_ratio < 1:
+            raise ValueError(f"sr_ratio must be at least 1, got {sr_ratio}")
+        self.sr_ratio = sr_ratio
+        kv_dim = dim // num_heads * self.num_kv_heads
+        self.q = nn.Conv2d(dim, dim, 1)
+        self.kv = nn.Conv2d(dim, 2 * kv_dim, 1)
+        self.attn_drop = attn_drop
+        self.proj = nn.Conv2d(dim, dim, 1)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if sr_ratio > 1:
+            self.proj_ds = nn.Sequential(
+                nn.Conv2d(dim, dim, sr_ratio, sr_ratio), ChannelLayerNorm(dim)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        q = split_heads(self.q(x), self.num_heads)
+        kv = split_heads(self.kv(self._reduce(x)), 2 * self.num_kv_heads)
+        k, v = (repeat_kv(t, self.num_heads) for t in kv.chunk(2, dim=1))
+        out = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.attn_drop if self.training else 0.0
+        )
+        return self.proj_drop(self.proj(merge_heads(out, (height, width))))
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        if self.sr_ratio == 1:
+            return x
+        # A map smaller than one cell of the reduction still gives one key.
+        pad = [max(0, self.sr_ratio - side) for side in x.shape[2:]]
+        return self.proj_ds(F.pad(x, (0, pad[1], 0, pad[0])))

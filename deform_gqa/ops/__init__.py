@@ -1,0 +1,13 @@
+"""Functional ops. Needs torch alone; no mm package, and Triton only where it runs."""
+
+from .backends import unsupported_reason
+from .functional import deform_attn, deform_sample, neighborhood_attn
+from .gqa import scaled_dot_product_gqa
+
+__all__ = [
+    "deform_attn",
+    "deform_sample",
+    "neighborhood_attn",
+    "scaled_dot_product_gqa",
+    "unsupported_reason",
+]

@@ -1,0 +1,281 @@
+"""Public functional API: checks, choice of the backend, dispatch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, naive, torch_backend
+from .backends import choose_backend
+from .custom_ops import deform_attn_op, neighborhood_attn_op
+
+
+def deform_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None = None,
+    rpb_table: Tensor | None = None,
+    *,
+    grid_size: tuple[int, int],
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    pos_in_range: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention to shared sampled keys with an interpolated relative position bias.
+
+    The deformable attention of DAT after its sampling, with grouped-query heads::
+
+        out = softmax(scale * q k^T + bias) v
+        bias[b, h, n = (i, j), s] = bilinear(rpb_table[h], t_y, t_x), zero outside
+        t_y = (Th - 1) / 2 * (i / (H - 1) + (1 - pos_y) / 2)    (t_x likewise)
+
+    with i / (H - 1) := 1/2 where H == 1. Differentiable in q, k, v, pos and
+    rpb_table. The backends 'torch' and 'triton' never hold an N x S x heads tensor.
+
+    Args:
+        q: (B, Hq, N, D), float16, bfloat16, float32 or float64; N = H * W row-major.
+        k: (B, Hkv, S, D), dtype of q, Hq % Hkv == 0.
+        v: (B, Hkv, S, D), dtype of q.
+        pos: (B, G, S, 2) positions of the keys in (y, x), normalised to [-1, 1] with
+            align_corners=True; Hq % G == 0. float32 (float64 beside a float64 q).
+            Needed with ``rpb_table`` only.
+        rpb_table: (Hq, Th, Tw) learnable bias over relative positions, any floating
+            dtype.
+        grid_size: (H, W) of the query map.
+        scale: Factor of the logits. Default 1 / sqrt(D).
+        dropout_p: Dropout of the attention weights, in [0, 1).
+        pos_in_range: Promise that \\|pos\\| <= 1; lets kernels drop bounds checks.
+        backend: 'auto', 'naive', 'torch' or 'triton'.
+
+    Returns:
+        (B, Hq, N, D), dtype of q.
+
+    Raises:
+        TypeError: For a tensor of the wrong dtype.
+        ValueError: For shapes or options that do not fit, or a backend that cannot
+            run the call.
+
+    Source: Xia et al., "Vision Transformer with Deformable Attention"
+    (arXiv 2201.00520) and "DAT++" (arXiv 2309.01430), their ``DAttentionBaseline``;
+    Ainslie et al., "GQA" (arXiv 2305.13245).
+    """
+    checks.check_qkv(q, k, v)
+    grid_size = checks.check_grid_size(grid_size, q.shape[2])
+    checks.check_dropout(dropout_p)
+    scale = checks.check_scale(scale, q.shape[3])
+    if rpb_table is not None:
+        _check_bias(q, k, pos, rpb_table)
+    backend = choose_backend(
+        "deform_attn", backend, device=q.device, dtype=q.dtype, head_dim=q.shape[3]
+    )
+    if backend == "naive":
+        return naive.deform_attn(
+            q,
+            k,
+            v,
+            pos,
+            rpb_table,
+            grid_size=grid_size,
+            scale=scale,
+            dropout_p=dropout_p,
+        )
+    if rpb_table is None:
+        if backend == "torch":  # torch's own fused attention is all it takes
+            return F.scaled_dot_product_attention(
+                q,
+                naive.repeat_kv(k, q.shape[1]),
+                naive.repeat_kv(v, q.shape[1]),
+                dropout_p=dropout_p,
+                scale=scale,
+            )
+        pos = None
+    out, _ = deform_attn_op(
+        q,
+        k,
+        v,
+        pos,
+        rpb_table,
+        _dropout_seed(dropout_p),
+        *grid_size,
+        scale,
+        dropout_p,
+        pos_in_range,
+        backend,
+    )
+    return out
+
+
+def deform_sample(x: Tensor, pos: Tensor, *, backend: str = "auto") -> Tensor:
+    """Bilinear samples of a map at given positions, zero outside the map.
+
+    Each offset group samples its own C / G channels. Differentiable in x and pos.
+
+    Args:
+        x: (B, C, H, W), float16, bfloat16, float32 or float64; C % G == 0.
+        pos: (B, G, S, 2) in (y, x), normalised to [-1, 1] with align_corners=True;
+            float32 (float64 beside a float64 x).
+        backend: 'auto', 'naive', 'torch' or 'triton'.
+
+    Returns:
+        (B, C, S), dtype of x.
+
+    Raises:
+        TypeError: For a tensor of the wrong dtype.
+        ValueError: For shapes that do not fit, or a backend that cannot run the call.
+
+    Source: the sampling of DAT (arXiv 2201.00520); the definition is
+    ``torch.nn.functional.grid_sample(mode='bilinear', padding_mode='zeros',
+    align_corners=True)``, which has no deterministic CUDA backward and refuses
+    bfloat16 maps with float32 positions.
+    """
+    checks.check_tensor("x", x, "B C H W")
+    checks.check_pos(pos, x.shape[0], x)
+    checks.check_device("pos", pos, "x", x)
+    checks.check_groups("channels of x", x.shape[1], pos.shape[1])
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x must have a map of at least 1 x 1, got {tuple(x.shape)}")
+    backend = choose_backend("deform_sample", backend, device=x.device, dtype=x.dtype)
+    if backend == "naive":
+        return naive.deform_sample(x, pos)
+    return torch_backend.deform_sample(x, pos)
+
+
+def neighborhood_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None = None,
+    *,
+    grid_size: tuple[int, int],
+    kernel_size: int,
+    dilation: int = 1,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of every query to the K x K keys around it.
+
+    Windows are clamped at the borders (every query has K * K keys) and the bias is
+    indexed by relative offset + K - 1: the semantics of NATTEN 0.14 to 0.17, which
+    the official DAT++ weights need. Differentiable in q, k, v and rpb.
+
+    Args:
+        q: (B, Hq, N, D), float16, bfloat16, float32 or float64; N = H * W row-major.
+        k: (B, Hkv, N, D), dtype of q, Hq % Hkv == 0.
+        v: (B, Hkv, N, D), dtype of q.
+        rpb: (Hq, 2K - 1, 2K - 1) relative position bias, any floating dtype.
+        grid_size: (H, W), each at least K * dilation.
+        kernel_size: K, odd, at least 3.
+        dilation: Step between the keys of a window, at least 1.
+        scale: Factor of the logits. Default 1 / sqrt(D).
+        dropout_p: Dropout of the attention weights, in [0, 1).
+        backend: 'auto', 'naive', 'torch' or 'triton'.
+
+    Returns:
+        (B, Hq, N, D), dtype of q.
+
+    Raises:
+        TypeError: For a tensor of the wrong dtype.
+        ValueError: For shapes or options that do not fit, or a backend that cannot
+            run the call.
+
+    Source: Hassani et al., "Neighborhood Attention Transformer" (arXiv 2204.07143)
+    and "Dilated Neighborhood Attention Transformer" (arXiv 2209.15001).
+    """
+    checks.check_qkv(q, k, v)
+    grid_size = checks.check_grid_size(grid_size, q.shape[2])
+    checks.check_dropout(dropout_p)
+    scale = checks.check_scale(scale, q.shape[3])
+    _check_neighborhood(q, k, rpb, grid_size, kernel_size, dilation)
+    backend = choose_backend(
+        "neighborhood_attn",
+        backend,
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+    )
+    if backend == "naive":
+        return naive.neighborhood_attn(
+            q,
+            k,
+            v,
+            rpb,
+            grid_size=grid_size,
+            kernel_size=kernel_size,
+            dilation=dilation,
+            scale=scale,
+            dropout_p=dropout_p,
+        )
+    out, _ = neighborhood_attn_op(
+        q,
+        k,
+        v,
+        rpb,
+        _dropout_seed(dropout_p),
+        *grid_size,
+        kernel_size,
+        dilation,
+        scale,
+        dropout_p,
+        backend,
+    )
+    return out
+
+
+def _dropout_seed(dropout_p: float) -> Tensor:
+    """Seed of the dropout masks, drawn from torch's CPU generator; int64 scalar."""
+    if dropout_p == 0.0:
+        return torch.zeros((), dtype=torch.int64)
+    return torch.randint(2**31, ())
+
+
+def _check_bias(q: Tensor, k: Tensor, pos: Tensor | None, rpb_table: Tensor) -> None:
+    checks.check_tensor("rpb_table", rpb_table, "Hq Th Tw")
+    heads, table_h, table_w = rpb_table.shape
+    if heads != q.shape[1] or 0 in (table_h, table_w):
+        raise ValueError(
+            f"rpb_table must have shape (Hq, Th, Tw) with Hq = {q.shape[1]}, "
+            f"got {tuple(rpb_table.shape)}"
+        )
+    if pos is None:
+        raise ValueError("pos must be given with rpb_table, got None")
+    checks.check_pos(pos, q.shape[0], q)
+    if pos.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"pos must hold one position for each of the {k.shape[2]} keys, "
+            f"got {pos.shape[2]}"
+        )
+    checks.check_groups("query heads", q.shape[1], pos.shape[1])
+    checks.check_device("pos", pos, "q", q)
+    checks.check_device("rpb_table", rpb_table, "q", q)
+
+
+def _check_neighborhood(
+    q: Tensor,
+    k: Tensor,
+    rpb: Tensor | None,
+    grid_size: tuple[int, int],
+    kernel_size: int,
+    dilation: int,
+) -> None:
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(
+            f"k and v must cover the map of q ({q.shape[2]} places), got {k.shape[2]}"
+        )
+    if kernel_size < 3 or kernel_size % 2 == 0:
+        raise ValueError(
+            f"kernel_size must be odd and at least 3, got kernel_size={kernel_size}"
+        )
+    if dilation < 1:
+        raise ValueError(f"dilation must be at least 1, got dilation={dilation}")
+    if min(grid_size) < kernel_size * dilation:
+        raise ValueError(
+            f"grid_size must be at least kernel_size * dilation = "
+            f"{kernel_size * dilation} on both sides, got {grid_size}; pad the map"
+        )
+    if rpb is not None:
+        checks.check_tensor("rpb", rpb, "Hq 2K-1 2K-1")
+        side = 2 * kernel_size - 1
+        checks.check_shape("rpb", rpb, (q.shape[1], side, side), "(Hq, 2K-1, 2K-1)")
+        checks.check_device("rpb", rpb, "q", q)

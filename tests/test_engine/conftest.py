@@ -1,0 +1,18 @@
+import pytest
+import torch
+from mmengine.runner import CheckpointLoader
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors are slower with more threads, and sums differ with their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def own_schemes(monkeypatch):
+    """Undoes what a test registers with mmengine's loader."""
+    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))

@@ -1,0 +1,179 @@
+import http.server
+import os
+import re
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from mmengine.fileio import get_file_backend
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+from mmengine.runner import load_checkpoint as mmengine_load_checkpoint
+from torch import nn
+
+from deform_gqa.engine import check_checkpoint, load_checkpoint, use_safe_loading
+from deform_gqa.engine.checkpoint_io import AtomicLocalBackend
+
+
+class Malicious:
+    """Pickles as a call that makes a folder, as an attacker's would do worse."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+class HiddenGetattr:
+    """Pickles as a use of getattr that mmengine's own checkpoints do not make."""
+
+    def __reduce__(self):
+        return getattr, (np.ndarray, '__init__')
+
+
+@pytest.fixture
+def malicious(tmp_path):
+    """A checkpoint, and the folder that exists if its code has run."""
+    folder = tmp_path / 'harmed'
+    file = tmp_path / 'malicious.pth'
+    torch.save(dict(state_dict={}, meta=Malicious(folder)), file)
+    return str(file), folder
+
+
+@pytest.fixture
+def honest(tmp_path):
+    """Holds what mmengine stores in its checkpoints."""
+    file = tmp_path / 'honest.pth'
+    checkpoint = dict(
+        state_dict=nn.Linear(2, 3).state_dict(),
+        meta=dict(epoch=3, dataset_meta=dict(classes=('a',), palette=[(1, 2, 3)])),
+        message_hub=dict(
+            log_scalars=dict(loss=HistoryBuffer([0.5, 0.25], [1, 1])),
+            runtime_info=dict(
+                best_score=np.float64(0.5),
+                count=np.int64(3),
+                ratio=np.float32(0.5),
+                flag=np.bool_(True),
+            ),
+        ),
+        param_schedulers=[dict(milestones=slice(1, 3))],
+    )
+    torch.save(checkpoint, file)
+    return str(file), checkpoint
+
+
+def test_reads_what_mmengine_stores(honest):
+    file, expected = honest
+    loaded = load_checkpoint(file)
+    assert torch.equal(loaded['state_dict']['weight'], expected['state_dict']['weight'])
+    assert loaded['meta'] == expected['meta']
+    hub = loaded['message_hub']
+    assert hub['runtime_info'] == expected['message_hub']['runtime_info']
+    assert hub['log_scalars']['loss'].mean() == 0.375
+    check_checkpoint(file)
+
+
+def test_reads_names_of_both_numpy_versions(tmp_path):
+    file = tmp_path / 'old.pth'
+    torch.save(dict(score=np.float64(0.5), box=np.ones(2)), file)
+    data = file.read_bytes()
+    for module in (b'numpy.core.multiarray', b'numpy._core.multiarray'):
+        other = dict(box=np.ones(2), score=np.float64(0.5))
+        torch.save(other, file, _use_new_zipfile_serialization=False)
+        data = file.read_bytes()
+        data = re.sub(rb'numpy\._?core\.multiarray', module, data)
+        file.write_bytes(data)
+        assert load_checkpoint(file)['score'] == 0.5
+
+
+def test_refuses_code(malicious):
+    file, folder = malicious
+    for read in (load_checkpoint, check_checkpoint):
+        with pytest.raises(ValueError, match=r"malicious\.pth' was refused"):
+            read(file)
+    assert not folder.exists()
+
+
+def test_refuses_code_in_the_old_format(malicious, tmp_path):
+    _, folder = malicious
+    file = tmp_path / 'old.pth'
+    torch.save(Malicious(folder), file, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"old\.pth' was refused"):
+        check_checkpoint(file)
+    assert not folder.exists()
+
+
+def test_refuses_getattr_beyond_history_buffers(tmp_path):
+    file = tmp_path / 'hidden.pth'
+    torch.save(dict(meta=HiddenGetattr()), file)
+    with pytest.raises(ValueError, match=r'was refused.*getattr'):
+        load_checkpoint(file)
+
+
+def test_missing_file(tmp_path):
+    for read in (load_checkpoint, check_checkpoint):
+        with pytest.raises(FileNotFoundError, match=r"no\.pth' does not exist"):
+            read(tmp_path / 'no.pth')
+
+
+@pytest.mark.parametrize('length', [0, 700])
+def test_damaged_file(honest, length):
+    file, _ = honest
+    with open(file, 'r+b') as stream:
+        stream.truncate(length)
+    with pytest.raises(ValueError, match=r"honest\.pth' (cannot be read|was refused)"):
+        check_checkpoint(file)
+
+
+def test_mmengine_reads_through_ours(malicious, honest):
+    use_safe_loading()
+    file, folder = malicious
+    with pytest.raises(ValueError, match='was refused'):
+        mmengine_load_checkpoint(nn.Linear(2, 3), file)
+    assert not folder.exists()
+    model = nn.Linear(2, 3)
+    mmengine_load_checkpoint(model, honest[0])
+    assert torch.equal(model.weight, honest[1]['state_dict']['weight'])
+
+
+def test_web_addresses(malicious, honest, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setenv('no_proxy', '*')
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f'http://127.0.0.1:{server.server_port}'
+    use_safe_loading()
+    try:
+        check_checkpoint(f'{address}/malicious.pth')  # looked at when loaded
+        with pytest.raises(ValueError, match='was refused'):
+            CheckpointLoader.load_checkpoint(f'{address}/malicious.pth', 'cpu')
+        loaded = CheckpointLoader.load_checkpoint(f'{address}/honest.pth', 'cpu')
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not malicious[1].exists()
+    assert loaded['meta'] == honest[1]['meta']
+
+
+def test_backend_replaces_in_one_step(tmp_path, monkeypatch):
+    backend = get_file_backend(backend_args=dict(backend='atomic_local'))
+    assert isinstance(backend, AtomicLocalBackend)
+    file = tmp_path / 'folder' / 'file'
+    backend.put(b'old', file)
+    assert file.read_bytes() == b'old'
+
+    def power_cut(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, 'fsync', power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        backend.put(b'new', file)
+    assert file.read_bytes() == b'old'
+    monkeypatch.undo()
+    backend.put_text('new', file)
+    assert file.read_text() == 'new'
+    assert [path.name for path in file.parent.iterdir()] == ['file']

@@ -6,20 +6,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN = Path(__file__).parent / 'data' / 'golden'
 RELATIVE_TOLERANCE = 1e-4
 
 
 def load_golden(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """(config, arrays) of tests/data/golden/NAME.npz."""
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as data:
-        arrays = {k: torch.from_numpy(data[k]) for k in data.files if k != "config"}
-        return json.loads(str(data["config"])), arrays
+    with np.load(GOLDEN / f'{name}.npz', allow_pickle=False) as data:
+        arrays = {k: torch.from_numpy(data[k]) for k in data.files if k != 'config'}
+        return json.loads(str(data['config'])), arrays
 
 
 def load_state(name: str) -> dict:
     """The JSON with 'config', 'params_M' and 'state' (parameter name -> shape)."""
-    return json.loads((GOLDEN / f"{name}_state.json").read_text())
+    return json.loads((GOLDEN / f'{name}_state.json').read_text())
 
 
 def sub_dict(arrays: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -34,23 +34,23 @@ def assert_close(
     assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
     error = (actual - expected).abs().max().item()
     scale = max(expected.abs().max().item(), floor)
-    assert error <= RELATIVE_TOLERANCE * scale, f"{name}: {error / scale:.2e} relative"
+    assert error <= RELATIVE_TOLERANCE * scale, f'{name}: {error / scale:.2e} relative'
 
 
 def check_against_golden(module: torch.nn.Module, arrays: dict) -> None:
     """Outputs, and the gradients of x and of every parameter, where recorded."""
-    x = arrays["x"].clone().requires_grad_()
+    x = arrays['x'].clone().requires_grad_()
     outs = module(x)
     outs = outs if isinstance(outs, tuple) else (outs,)
     for i, out in enumerate(outs):
-        assert_close(f"y{i}", out, arrays[f"y{i}"])
-    if "grad_x" not in arrays:
+        assert_close(f'y{i}', out, arrays[f'y{i}'])
+    if 'grad_x' not in arrays:
         return
-    loss = sum((out * arrays[f"gy{i}"]).sum() for i, out in enumerate(outs))
+    loss = sum((out * arrays[f'gy{i}']).sum() for i, out in enumerate(outs))
     loss.backward()
-    assert_close("grad_x", x.grad, arrays["grad_x"])
+    assert_close('grad_x', x.grad, arrays['grad_x'])
     grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-    expected_grads = sub_dict(arrays, "grad/")
+    expected_grads = sub_dict(arrays, 'grad/')
     # Softmax does not feel a shift of all keys: gradients of key biases are rounding
     # noise around zero and have no scale of their own.
     floor = 1e-2 * max(grad.abs().max().item() for grad in expected_grads.values())
@@ -58,4 +58,4 @@ def check_against_golden(module: torch.nn.Module, arrays: dict) -> None:
         if name in grads:
             assert_close(name, grads[name], expected, floor)
         else:
-            assert not expected.any(), f"{name} has no gradient"
+            assert not expected.any(), f'{name} has no gradient'

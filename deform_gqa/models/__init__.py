@@ -12,12 +12,12 @@ from .layers import (
 )
 
 __all__ = [
-    "DAT",
-    "DeformableGQA",
-    "DepthwiseConv",
-    "MultiheadGQA",
-    "NeighborhoodAttention",
-    "PyramidAttention",
-    "ShiftedWindowAttention",
-    "WindowAttention",
+    'DAT',
+    'DeformableGQA',
+    'DepthwiseConv',
+    'MultiheadGQA',
+    'NeighborhoodAttention',
+    'PyramidAttention',
+    'ShiftedWindowAttention',
+    'WindowAttention',
 ]

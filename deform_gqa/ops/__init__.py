@@ -5,9 +5,9 @@ from .functional import deform_attn, deform_sample, neighborhood_attn
 from .gqa import scaled_dot_product_gqa
 
 __all__ = [
-    "deform_attn",
-    "deform_sample",
-    "neighborhood_attn",
-    "scaled_dot_product_gqa",
-    "unsupported_reason",
+    'deform_attn',
+    'deform_sample',
+    'neighborhood_attn',
+    'scaled_dot_product_gqa',
+    'unsupported_reason',
 ]

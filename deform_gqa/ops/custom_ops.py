@@ -13,9 +13,16 @@ from torch import Tensor
 from torch.library import custom_op
 
 
-def _implementation(backend: str):
-    """The module that implements ``backend``; Triton is imported on first use."""
-    return importlib.import_module(f".{backend}_backend", __package__)
+def _run(backend: str, name: str, first: Tensor, *args, **options):
+    """Calls ``name`` of the backend's module; Triton is imported on first use.
+
+    Backends choose their own precision: autocast must not reach into them.
+    """
+    function = getattr(
+        importlib.import_module(f'.{backend}_backend', __package__), name
+    )
+    with torch.autocast(first.device.type, enabled=False):
+        return function(first, *args, **options)
 
 
 def _lse_like(q: Tensor) -> Tensor:
@@ -33,12 +40,10 @@ def _gradient_like(x: Tensor | None, q: Tensor) -> Tensor:
 
 
 def _present(grads: list[Tensor], inputs: list[Tensor | None]) -> list[Tensor | None]:
-    return [
-        None if x is None else g for g, x in zip(grads, inputs, strict=True)
-    ]
+    return [None if x is None else g for g, x in zip(grads, inputs, strict=True)]
 
 
-@custom_op("deform_gqa::deform_attn", mutates_args=())
+@custom_op('deform_gqa::deform_attn', mutates_args=())
 def deform_attn_op(
     q: Tensor,
     k: Tensor,
@@ -53,7 +58,9 @@ def deform_attn_op(
     pos_in_range: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _implementation(backend).deform_attn_forward(
+    return _run(
+        backend,
+        'deform_attn_forward',
         q,
         k,
         v,
@@ -72,7 +79,7 @@ def _(q, k, v, pos, rpb_table, *options):
     return _contiguous_like(q), _lse_like(q)
 
 
-@custom_op("deform_gqa::deform_attn_backward", mutates_args=())
+@custom_op('deform_gqa::deform_attn_backward', mutates_args=())
 def deform_attn_backward_op(
     grad_out: Tensor,
     out: Tensor,
@@ -90,7 +97,9 @@ def deform_attn_backward_op(
     pos_in_range: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _implementation(backend).deform_attn_backward(
+    return _run(
+        backend,
+        'deform_attn_backward',
         grad_out,
         out,
         lse,
@@ -120,9 +129,7 @@ def _deform_attn_setup(ctx, inputs, output):
 
 def _deform_attn_autograd(ctx, grad_out, _grad_lse):
     *inputs, seed, out, lse = ctx.saved_tensors
-    grads = deform_attn_backward_op(
-        grad_out, out, lse, *inputs, seed, *ctx.options
-    )
+    grads = deform_attn_backward_op(grad_out, out, lse, *inputs, seed, *ctx.options)
     return *_present(grads, inputs), None, *[None] * len(ctx.options)
 
 
@@ -131,7 +138,7 @@ deform_attn_op.register_autograd(
 )
 
 
-@custom_op("deform_gqa::neighborhood_attn", mutates_args=())
+@custom_op('deform_gqa::neighborhood_attn', mutates_args=())
 def neighborhood_attn_op(
     q: Tensor,
     k: Tensor,
@@ -146,7 +153,9 @@ def neighborhood_attn_op(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _implementation(backend).neighborhood_attn_forward(
+    return _run(
+        backend,
+        'neighborhood_attn_forward',
         q,
         k,
         v,
@@ -165,7 +174,7 @@ def _(q, k, v, rpb, *options):
     return _contiguous_like(q), _lse_like(q)
 
 
-@custom_op("deform_gqa::neighborhood_attn_backward", mutates_args=())
+@custom_op('deform_gqa::neighborhood_attn_backward', mutates_args=())
 def neighborhood_attn_backward_op(
     grad_out: Tensor,
     out: Tensor,
@@ -183,7 +192,9 @@ def neighborhood_attn_backward_op(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _implementation(backend).neighborhood_attn_backward(
+    return _run(
+        backend,
+        'neighborhood_attn_backward',
         grad_out,
         out,
         lse,

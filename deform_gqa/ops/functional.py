@@ -20,7 +20,7 @@ def deform_attn(
     scale: float | None = None,
     dropout_p: float = 0.0,
     pos_in_range: bool = False,
-    backend: str = "auto",
+    backend: str = 'auto',
 ) -> Tensor:
     """Attention to shared sampled keys with an interpolated relative position bias.
 
@@ -67,9 +67,9 @@ def deform_attn(
     if rpb_table is not None:
         _check_bias(q, k, pos, rpb_table)
     backend = choose_backend(
-        "deform_attn", backend, device=q.device, dtype=q.dtype, head_dim=q.shape[3]
+        'deform_attn', backend, device=q.device, dtype=q.dtype, head_dim=q.shape[3]
     )
-    if backend == "naive":
+    if backend == 'naive':
         return naive.deform_attn(
             q,
             k,
@@ -81,7 +81,7 @@ def deform_attn(
             dropout_p=dropout_p,
         )
     if rpb_table is None:
-        if backend == "torch":  # torch's own fused attention is all it takes
+        if backend == 'torch':  # torch's own fused attention is all it takes
             return F.scaled_dot_product_attention(
                 q,
                 naive.repeat_kv(k, q.shape[1]),
@@ -106,7 +106,7 @@ def deform_attn(
     return out
 
 
-def deform_sample(x: Tensor, pos: Tensor, *, backend: str = "auto") -> Tensor:
+def deform_sample(x: Tensor, pos: Tensor, *, backend: str = 'auto') -> Tensor:
     """Bilinear samples of a map at given positions, zero outside the map.
 
     Each offset group samples its own C / G channels. Differentiable in x and pos.
@@ -129,14 +129,14 @@ def deform_sample(x: Tensor, pos: Tensor, *, backend: str = "auto") -> Tensor:
     align_corners=True)``, which has no deterministic CUDA backward and refuses
     bfloat16 maps with float32 positions.
     """
-    checks.check_tensor("x", x, "B C H W")
+    checks.check_tensor('x', x, 'B C H W')
     checks.check_pos(pos, x.shape[0], x)
-    checks.check_device("pos", pos, "x", x)
-    checks.check_groups("channels of x", x.shape[1], pos.shape[1])
+    checks.check_device('pos', pos, 'x', x)
+    checks.check_groups('channels of x', x.shape[1], pos.shape[1])
     if 0 in x.shape[2:]:
-        raise ValueError(f"x must have a map of at least 1 x 1, got {tuple(x.shape)}")
-    backend = choose_backend("deform_sample", backend, device=x.device, dtype=x.dtype)
-    if backend == "naive":
+        raise ValueError(f'x must have a map of at least 1 x 1, got {tuple(x.shape)}')
+    backend = choose_backend('deform_sample', backend, device=x.device, dtype=x.dtype)
+    if backend == 'naive':
         return naive.deform_sample(x, pos)
     return torch_backend.deform_sample(x, pos)
 
@@ -152,7 +152,7 @@ def neighborhood_attn(
     dilation: int = 1,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    backend: str = "auto",
+    backend: str = 'auto',
 ) -> Tensor:
     """Attention of every query to the K x K keys around it.
 
@@ -189,13 +189,13 @@ def neighborhood_attn(
     scale = checks.check_scale(scale, q.shape[3])
     _check_neighborhood(q, k, rpb, grid_size, kernel_size, dilation)
     backend = choose_backend(
-        "neighborhood_attn",
+        'neighborhood_attn',
         backend,
         device=q.device,
         dtype=q.dtype,
         head_dim=q.shape[3],
     )
-    if backend == "naive":
+    if backend == 'naive':
         return naive.neighborhood_attn(
             q,
             k,
@@ -231,24 +231,24 @@ def _dropout_seed(dropout_p: float) -> Tensor:
 
 
 def _check_bias(q: Tensor, k: Tensor, pos: Tensor | None, rpb_table: Tensor) -> None:
-    checks.check_tensor("rpb_table", rpb_table, "Hq Th Tw")
+    checks.check_tensor('rpb_table', rpb_table, 'Hq Th Tw')
     heads, table_h, table_w = rpb_table.shape
     if heads != q.shape[1] or 0 in (table_h, table_w):
         raise ValueError(
-            f"rpb_table must have shape (Hq, Th, Tw) with Hq = {q.shape[1]}, "
-            f"got {tuple(rpb_table.shape)}"
+            f'rpb_table must have shape (Hq, Th, Tw) with Hq = {q.shape[1]}, '
+            f'got {tuple(rpb_table.shape)}'
         )
     if pos is None:
-        raise ValueError("pos must be given with rpb_table, got None")
+        raise ValueError('pos must be given with rpb_table, got None')
     checks.check_pos(pos, q.shape[0], q)
     if pos.shape[2] != k.shape[2]:
         raise ValueError(
-            f"pos must hold one position for each of the {k.shape[2]} keys, "
-            f"got {pos.shape[2]}"
+            f'pos must hold one position for each of the {k.shape[2]} keys, '
+            f'got {pos.shape[2]}'
         )
-    checks.check_groups("query heads", q.shape[1], pos.shape[1])
-    checks.check_device("pos", pos, "q", q)
-    checks.check_device("rpb_table", rpb_table, "q", q)
+    checks.check_groups('query heads', q.shape[1], pos.shape[1])
+    checks.check_device('pos', pos, 'q', q)
+    checks.check_device('rpb_table', rpb_table, 'q', q)
 
 
 def _check_neighborhood(
@@ -261,21 +261,21 @@ def _check_neighborhood(
 ) -> None:
     if k.shape[2] != q.shape[2]:
         raise ValueError(
-            f"k and v must cover the map of q ({q.shape[2]} places), got {k.shape[2]}"
+            f'k and v must cover the map of q ({q.shape[2]} places), got {k.shape[2]}'
         )
     if kernel_size < 3 or kernel_size % 2 == 0:
         raise ValueError(
-            f"kernel_size must be odd and at least 3, got kernel_size={kernel_size}"
+            f'kernel_size must be odd and at least 3, got kernel_size={kernel_size}'
         )
     if dilation < 1:
-        raise ValueError(f"dilation must be at least 1, got dilation={dilation}")
+        raise ValueError(f'dilation must be at least 1, got dilation={dilation}')
     if min(grid_size) < kernel_size * dilation:
         raise ValueError(
-            f"grid_size must be at least kernel_size * dilation = "
-            f"{kernel_size * dilation} on both sides, got {grid_size}; pad the map"
+            f'grid_size must be at least kernel_size * dilation = '
+            f'{kernel_size * dilation} on both sides, got {grid_size}; pad the map'
         )
     if rpb is not None:
-        checks.check_tensor("rpb", rpb, "Hq 2K-1 2K-1")
+        checks.check_tensor('rpb', rpb, 'Hq 2K-1 2K-1')
         side = 2 * kernel_size - 1
-        checks.check_shape("rpb", rpb, (q.shape[1], side, side), "(Hq, 2K-1, 2K-1)")
-        checks.check_device("rpb", rpb, "q", q)
+        checks.check_shape('rpb', rpb, (q.shape[1], side, side), '(Hq, 2K-1, 2K-1)')
+        checks.check_device('rpb', rpb, 'q', q)

@@ -32,9 +32,11 @@ def query_coords(size: int, like: Tensor) -> Tensor:
     """Coordinates of a query axis in [-1, 1], align_corners=True; 0 if size is 1."""
     if size == 1:
         return like.new_zeros(1)
-    return torch.arange(size, dtype=like.dtype, device=like.device).div_(
-        (size - 1) / 2
-    ).sub_(1)
+    return (
+        torch.arange(size, dtype=like.dtype, device=like.device)
+        .div_((size - 1) / 2)
+        .sub_(1)
+    )
 
 
 def interpolated_bias(
@@ -54,7 +56,7 @@ def interpolated_bias(
     heads = rpb_table.shape[0]
     height, width = grid_size
     grid_y, grid_x = torch.meshgrid(
-        query_coords(height, pos), query_coords(width, pos), indexing="ij"
+        query_coords(height, pos), query_coords(width, pos), indexing='ij'
     )
     query = torch.stack((grid_y, grid_x), dim=-1).reshape(height * width, 1, 2)
     displacement = (query - pos.reshape(batch * groups, 1, num_keys, 2)) / 2
@@ -62,8 +64,8 @@ def interpolated_bias(
     bias = F.grid_sample(
         table.expand(batch, -1, -1, -1, -1).flatten(0, 1),
         displacement.flip(-1),  # (y, x) -> (x, y)
-        mode="bilinear",
-        padding_mode="zeros",
+        mode='bilinear',
+        padding_mode='zeros',
         align_corners=True,
     )
     return bias.reshape(batch, heads, height * width, num_keys)
@@ -83,11 +85,11 @@ def deform_attn(
     """See :func:`deform_gqa.ops.deform_attn`."""
     k = repeat_kv(k, q.shape[1])
     v = repeat_kv(v, q.shape[1])
-    logits = torch.einsum("bhnd,bhsd->bhns", q, k) * scale
+    logits = torch.einsum('bhnd,bhsd->bhns', q, k) * scale
     if rpb_table is not None:
         logits = logits + interpolated_bias(pos, rpb_table, grid_size).to(q.dtype)
     weights = F.dropout(logits.softmax(dim=-1), dropout_p)
-    return torch.einsum("bhns,bhsd->bhnd", weights, v)
+    return torch.einsum('bhns,bhsd->bhnd', weights, v)
 
 
 def deform_sample(x: Tensor, pos: Tensor) -> Tensor:
@@ -97,8 +99,8 @@ def deform_sample(x: Tensor, pos: Tensor) -> Tensor:
     sampled = F.grid_sample(
         x.to(pos.dtype).reshape(batch * groups, channels // groups, height, width),
         pos.flip(-1).reshape(batch * groups, 1, num_keys, 2),
-        mode="bilinear",
-        padding_mode="zeros",
+        mode='bilinear',
+        padding_mode='zeros',
         align_corners=True,
     )
     return sampled.reshape(batch, channels, num_keys).to(x.dtype)
@@ -143,7 +145,7 @@ def neighborhood_attn(
     k, v = (repeat_kv(t, heads).unflatten(2, grid_size) for t in (k, v))
     # (B, Hq, N, K * K, D)
     k, v = (t[:, :, rows, cols].flatten(2, 3).flatten(3, 4) for t in (k, v))
-    logits = torch.einsum("bhnd,bhnkd->bhnk", q, k) * scale
+    logits = torch.einsum('bhnd,bhnkd->bhnk', q, k) * scale
     if rpb is not None:
         query_y = torch.arange(height, device=q.device)[:, None, None, None]
         query_x = torch.arange(width, device=q.device)[None, :, None, None]
@@ -152,6 +154,6 @@ def neighborhood_attn(
         bias = rpb[:, offset_y, offset_x]  # (Hq, H, W, K, K)
         logits = logits + bias.flatten(1, 2).flatten(2, 3).to(q.dtype)
     weights = F.dropout(logits.softmax(dim=-1), dropout_p)
-    return torch.einsum("bhnk,bhnkd->bhnd", weights, v).reshape(
+    return torch.einsum('bhnk,bhnkd->bhnd', weights, v).reshape(
         batch, heads, height * width, -1
     )

@@ -5,30 +5,33 @@
         --classes RBC WBC Platelets
 """
 
-dataset_type = "CocoDataset"
-data_root = "data/"
-data_prefix = dict(img="bccd/JPEGImages/")
+dataset_type = 'CocoDataset'
+data_root = 'data/'
+data_prefix = dict(img='bccd/JPEGImages/')
 metainfo = dict(
-    classes=("RBC", "WBC", "Platelets"),
+    classes=('RBC', 'WBC', 'Platelets'),
     palette=[(220, 20, 60), (60, 90, 220), (30, 160, 80)],
 )
 image_scale = (320, 240)
 
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True),
-    dict(type="Resize", scale=image_scale, keep_ratio=True),
-    dict(type="RandomFlip", prob=[0.25, 0.25, 0.25],
-         direction=["horizontal", "vertical", "diagonal"]),
-    dict(type="PackDetInputs"),
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='Resize', scale=image_scale, keep_ratio=True),
+    dict(
+        type='RandomFlip',
+        prob=[0.25, 0.25, 0.25],
+        direction=['horizontal', 'vertical', 'diagonal'],
+    ),
+    dict(type='PackDetInputs'),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=image_scale, keep_ratio=True),
-    dict(type="LoadAnnotations", with_bbox=True),
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=image_scale, keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True),
     dict(
-        type="PackDetInputs",
-        meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
     ),
 ]
 
@@ -36,12 +39,12 @@ train_dataloader = dict(
     batch_size=4,
     num_workers=1,
     persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=True),
-    batch_sampler=dict(type="AspectRatioBatchSampler"),
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    batch_sampler=dict(type='AspectRatioBatchSampler'),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
-        ann_file="bccd_coco/train.json",
+        ann_file='bccd_coco/train.json',
         data_prefix=data_prefix,
         metainfo=metainfo,
         pipeline=train_pipeline,
@@ -52,11 +55,11 @@ val_dataloader = dict(
     num_workers=1,
     persistent_workers=True,
     drop_last=False,
-    sampler=dict(type="DefaultSampler", shuffle=False),
+    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
-        ann_file="bccd_coco/val.json",
+        ann_file='bccd_coco/val.json',
         data_prefix=data_prefix,
         metainfo=metainfo,
         test_mode=True,
@@ -68,11 +71,11 @@ test_dataloader = dict(
     num_workers=1,
     persistent_workers=True,
     drop_last=False,
-    sampler=dict(type="DefaultSampler", shuffle=False),
+    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
-        ann_file="bccd_coco/test.json",
+        ann_file='bccd_coco/test.json',
         data_prefix=data_prefix,
         metainfo=metainfo,
         test_mode=True,
@@ -80,8 +83,8 @@ test_dataloader = dict(
     ),
 )
 val_evaluator = dict(
-    type="CocoMetric", ann_file=data_root + "bccd_coco/val.json", metric="bbox"
+    type='CocoMetric', ann_file=data_root + 'bccd_coco/val.json', metric='bbox'
 )
 test_evaluator = dict(
-    type="CocoMetric", ann_file=data_root + "bccd_coco/test.json", metric="bbox"
+    type='CocoMetric', ann_file=data_root + 'bccd_coco/test.json', metric='bbox'
 )

@@ -2,4 +2,4 @@
 
 from .dat import DAT
 
-__all__ = ["DAT"]
+__all__ = ['DAT']

@@ -9,21 +9,21 @@ from torch import nn
 
 # letter -> (default class, {its option: arch option})
 LETTERS: dict[str, tuple[str, dict[str, str]]] = {
-    "L": ("WindowAttention", {"window_size": "window_sizes"}),
-    "S": ("ShiftedWindowAttention", {"window_size": "window_sizes"}),
-    "N": ("NeighborhoodAttention", {"kernel_size": "neighborhood_sizes"}),
-    "P": ("PyramidAttention", {"sr_ratio": "sr_ratios"}),
-    "X": ("DepthwiseConv", {"kernel_size": "window_sizes"}),
-    "D": (
-        "DeformableGQA",
+    'L': ('WindowAttention', {'window_size': 'window_sizes'}),
+    'S': ('ShiftedWindowAttention', {'window_size': 'window_sizes'}),
+    'N': ('NeighborhoodAttention', {'kernel_size': 'neighborhood_sizes'}),
+    'P': ('PyramidAttention', {'sr_ratio': 'sr_ratios'}),
+    'X': ('DepthwiseConv', {'kernel_size': 'window_sizes'}),
+    'D': (
+        'DeformableGQA',
         {
-            "offset_groups": "offset_groups",
-            "stride": "strides",
-            "offset_kernel_size": "offset_kernel_sizes",
-            "offset_range_factor": "offset_range_factors",
-            "table_size": "table_sizes",
-            "position_bias": "position_bias",
-            "use_offset": "use_offsets",
+            'offset_groups': 'offset_groups',
+            'stride': 'strides',
+            'offset_kernel_size': 'offset_kernel_sizes',
+            'offset_range_factor': 'offset_range_factors',
+            'table_size': 'table_sizes',
+            'position_bias': 'position_bias',
+            'use_offset': 'use_offsets',
         },
     ),
 }
@@ -35,18 +35,18 @@ def check_letters(block_types, attention: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Naming the letter.
     """
-    used = set("".join("".join(letters) for letters in block_types))
+    used = set(''.join(''.join(letters) for letters in block_types))
     for letter in sorted(used):
-        if letter not in LETTERS and "type" not in attention.get(letter, {}):
+        if letter not in LETTERS and 'type' not in attention.get(letter, {}):
             raise ValueError(
-                f"block letter {letter!r} is none of {tuple(LETTERS)} and has no "
+                f'block letter {letter!r} is none of {tuple(LETTERS)} and has no '
                 f"'type' in attention={dict(attention)}"
             )
     unused = sorted(set(attention) - used)
     if unused:
         raise ValueError(
-            f"attention overrides the block letters {unused}, which block_types "
-            f"{tuple(block_types)} do not use"
+            f'attention overrides the block letters {unused}, which block_types '
+            f'{tuple(block_types)} do not use'
         )
 
 
@@ -72,10 +72,10 @@ def build_attention(
     """
     default_type, arch_options = LETTERS.get(letter, (None, {}))
     options = dict(override)
-    kind = options.pop("type", default_type)
+    kind = options.pop('type', default_type)
     module_class = MODELS.get(kind) if isinstance(kind, str) else kind
     if module_class is None:
-        raise ValueError(f"attention[{letter!r}]: {kind!r} is not registered in MODELS")
+        raise ValueError(f'attention[{letter!r}]: {kind!r} is not registered in MODELS')
     parameters = inspect.signature(module_class).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     shared = {n: v for n, v in shared.items() if n in parameters or takes_all}
@@ -85,8 +85,8 @@ def build_attention(
     unknown = sorted(set(options) - set(parameters))
     if unknown and not takes_all:
         raise TypeError(
-            f"attention[{letter!r}]: {module_class.__name__} takes no option {unknown}; "
-            f"options of an inherited config stay unless the override says "
-            f"_delete_=True"
+            f'attention[{letter!r}]: {module_class.__name__} takes no option '
+            f'{unknown}; options of an inherited config stay unless the override says '
+            f'_delete_=True'
         )
     return module_class(**{**shared, **options})

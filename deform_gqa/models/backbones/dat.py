@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -57,7 +56,7 @@ class DAT(BaseModule):
 
     def __init__(
         self,
-        arch: str | Mapping[str, Any] = "t++",
+        arch: str | Mapping[str, Any] = 't++',
         num_kv_heads: int | Sequence[int] | None = None,
         attention: Mapping[str, Any] | None = None,
         out_indices: Sequence[int] = (0, 1, 2, 3),
@@ -67,34 +66,35 @@ class DAT(BaseModule):
         with_cp: bool = False,
         frozen_stages: int = -1,
         norm_eval: bool = False,
-        backend: str = "auto",
+        backend: str = 'auto',
         init_cfg: dict | None = None,
     ):
         super().__init__(init_cfg)
         self.arch = resolve_arch(arch)
         attention = {} if attention is None else attention
-        check_letters(self.arch["block_types"], attention)
+        check_letters(self.arch['block_types'], attention)
         kv_heads = self._kv_heads(num_kv_heads)
         self._check(out_indices, frozen_stages)
         for name, rate in (
-            ("drop_rate", drop_rate),
-            ("attn_drop_rate", attn_drop_rate),
-            ("drop_path_rate", drop_path_rate),
+            ('drop_rate', drop_rate),
+            ('attn_drop_rate', attn_drop_rate),
+            ('drop_path_rate', drop_path_rate),
         ):
             if not 0 <= rate < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {rate}")
+                raise ValueError(f'{name} must be in [0, 1), got {rate}')
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
-        dims, depths = self.arch["embed_dims"], self.arch["depths"]
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
-        self.patch_proj = self._stem(self.arch["stem_dim"])
+        dims, depths = self.arch['embed_dims'], self.arch['depths']
+        last = max(sum(depths) - 1, 1)
+        rates = [drop_path_rate * block / last for block in range(sum(depths))]
+        self.patch_proj = self._stem(self.arch['stem_dim'])
         self.stages = nn.ModuleList(
             DATStage(
                 self.arch,
                 i,
-                dim_in=dims[i] if i else self.arch["stem_dim"],
+                dim_in=dims[i] if i else self.arch['stem_dim'],
                 attention=attention,
                 drop_path_rates=rates[sum(depths[:i]) : sum(depths[: i + 1])],
                 drop_rate=drop_rate,
@@ -110,7 +110,7 @@ class DAT(BaseModule):
             ChannelLayerNorm(dims[i]) if i in self.out_indices else nn.Identity()
             for i in range(NUM_STAGES)
         )
-        kernel = (3, 2, 1) if self.arch["conv_stem"] else (2, 2, 0)
+        kernel = (3, 2, 1) if self.arch['conv_stem'] else (2, 2, 0)
         self.down_projs = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(dims[i], dims[i + 1], *kernel, bias=False),
@@ -125,7 +125,7 @@ class DAT(BaseModule):
             return (num_kv_heads,) * NUM_STAGES
         if len(num_kv_heads) != NUM_STAGES:
             raise ValueError(
-                f"num_kv_heads must be one number or {NUM_STAGES}, got {num_kv_heads}"
+                f'num_kv_heads must be one number or {NUM_STAGES}, got {num_kv_heads}'
             )
         return num_kv_heads
 
@@ -133,15 +133,15 @@ class DAT(BaseModule):
     def _check(out_indices: Sequence[int], frozen_stages: int) -> None:
         if not out_indices or not set(out_indices) <= set(range(NUM_STAGES)):
             raise ValueError(
-                f"out_indices must be among 0 to {NUM_STAGES - 1}, got {out_indices}"
+                f'out_indices must be among 0 to {NUM_STAGES - 1}, got {out_indices}'
             )
         if not -1 <= frozen_stages <= NUM_STAGES:
             raise ValueError(
-                f"frozen_stages must be from -1 to {NUM_STAGES}, got {frozen_stages}"
+                f'frozen_stages must be from -1 to {NUM_STAGES}, got {frozen_stages}'
             )
 
     def _stem(self, dim: int) -> nn.Sequential:
-        if not self.arch["conv_stem"]:
+        if not self.arch['conv_stem']:
             return nn.Sequential(nn.Conv2d(3, dim, 4, 4), ChannelLayerNorm(dim))
         return nn.Sequential(
             nn.Conv2d(3, dim // 2, 3, 2, 1),
@@ -153,16 +153,16 @@ class DAT(BaseModule):
 
     def init_weights(self) -> None:
         """Loads ``init_cfg``'s checkpoint, or initialises as ``init_cfg`` says."""
-        if self.init_cfg is None or self.init_cfg.get("type") != "Pretrained":
+        if self.init_cfg is None or self.init_cfg.get('type') != 'Pretrained':
             super().init_weights()
             return
-        load_dat_checkpoint(self, self.init_cfg["checkpoint"])
+        load_dat_checkpoint(self, self.init_cfg['checkpoint'])
         self._is_init = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 32:
             raise ValueError(
-                f"images must be (B, 3, H, W) of at least 32 x 32, got {tuple(x.shape)}"
+                f'images must be (B, 3, H, W) of at least 32 x 32, got {tuple(x.shape)}'
             )
         x = self.patch_proj(x)
         outs = []
@@ -186,7 +186,7 @@ class DAT(BaseModule):
             module.eval()
             module.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "DAT":
+    def train(self, mode: bool = True) -> 'DAT':
         super().train(mode)
         self._freeze()
         if mode and self.norm_eval:

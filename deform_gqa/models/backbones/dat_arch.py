@@ -22,7 +22,7 @@ ARCH_DEFAULTS: dict[str, Any] = dict(
     offset_range_factors=(-1, -1, -1, -1),
     neighborhood_sizes=(7, 7, 7, 7),
     window_sizes=(7, 7, 7, 7),
-    position_bias=("table", "table", "table", "table"),
+    position_bias=('table', 'table', 'table', 'table'),
     use_offsets=(True, True, True, True),
     # Map sizes that the bias tables are made for: those of a 224 x 224 image.
     table_sizes=(56, 28, 14, 7),
@@ -45,7 +45,7 @@ def _dat(dims, heads, depth, groups) -> dict[str, Any]:
         embed_dims=dims,
         depths=(2, 2, depth, 2),
         num_heads=heads,
-        block_types=("LS", "LS", "LD" * (depth // 2), "LD"),
+        block_types=('LS', 'LS', 'LD' * (depth // 2), 'LD'),
         offset_groups=(1, 1, *groups),
         strides=(1, 1, 1, 1),
         offset_range_factors=(-1, -1, 2, 2),
@@ -60,18 +60,18 @@ def _dat_pp(dims, heads, groups) -> dict[str, Any]:
         embed_dims=dims,
         depths=(2, 4, 18, 2),
         num_heads=heads,
-        block_types=("ND", "NDND", "ND" * 9, "DD"),
+        block_types=('ND', 'NDND', 'ND' * 9, 'DD'),
         offset_groups=groups,
     )
 
 
 ARCHS: dict[str, dict[str, Any]] = {
-    "t": _dat((96, 192, 384, 768), (3, 6, 12, 24), 6, (3, 6)),
-    "s": _dat((96, 192, 384, 768), (3, 6, 12, 24), 18, (3, 6)),
-    "b": _dat((128, 256, 512, 1024), (4, 8, 16, 32), 18, (4, 8)),
-    "t++": _dat_pp((64, 128, 256, 512), (2, 4, 8, 16), (1, 2, 4, 8)),
-    "s++": _dat_pp((96, 192, 384, 768), (3, 6, 12, 24), (1, 2, 3, 6)),
-    "b++": _dat_pp((128, 256, 512, 1024), (4, 8, 16, 32), (2, 4, 8, 16)),
+    't': _dat((96, 192, 384, 768), (3, 6, 12, 24), 6, (3, 6)),
+    's': _dat((96, 192, 384, 768), (3, 6, 12, 24), 18, (3, 6)),
+    'b': _dat((128, 256, 512, 1024), (4, 8, 16, 32), 18, (4, 8)),
+    't++': _dat_pp((64, 128, 256, 512), (2, 4, 8, 16), (1, 2, 4, 8)),
+    's++': _dat_pp((96, 192, 384, 768), (3, 6, 12, 24), (1, 2, 3, 6)),
+    'b++': _dat_pp((128, 256, 512, 1024), (4, 8, 16, 32), (2, 4, 8, 16)),
 }
 
 
@@ -85,32 +85,34 @@ def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(arch, str):
         if arch not in ARCHS:
-            raise ValueError(f"arch must be one of {tuple(ARCHS)}, got {arch!r}")
+            raise ValueError(f'arch must be one of {tuple(ARCHS)}, got {arch!r}')
         arch = ARCHS[arch]
     elif not isinstance(arch, Mapping):
-        raise TypeError(f"arch must be a name or a dict, got {type(arch).__name__}")
+        raise TypeError(f'arch must be a name or a dict, got {type(arch).__name__}')
     unknown = sorted(set(arch) - set(ARCH_DEFAULTS))
     if unknown:
-        raise ValueError(f"unknown arch options {unknown}, known: {list(ARCH_DEFAULTS)}")
+        raise ValueError(
+            f'unknown arch options {unknown}, known: {list(ARCH_DEFAULTS)}'
+        )
     arch = {**ARCH_DEFAULTS, **arch}
-    for name in ("embed_dims", "depths", "num_heads", "block_types"):
+    for name in ('embed_dims', 'depths', 'num_heads', 'block_types'):
         if arch[name] is None:
-            raise ValueError(f"arch dict must hold {name!r}")
+            raise ValueError(f'arch dict must hold {name!r}')
     for name, value in arch.items():
-        if name in ("conv_stem", "stem_dim"):
+        if name in ('conv_stem', 'stem_dim'):
             continue
         if isinstance(value, str) or len(value) != NUM_STAGES:
             raise ValueError(
-                f"arch option {name!r} must have {NUM_STAGES} entries, got {value!r}"
+                f'arch option {name!r} must have {NUM_STAGES} entries, got {value!r}'
             )
     for stage, (letters, depth) in enumerate(
-        zip(arch["block_types"], arch["depths"], strict=True)
+        zip(arch['block_types'], arch['depths'], strict=True)
     ):
         if len(letters) != depth:
             raise ValueError(
-                f"block_types of stage {stage} must name {depth} blocks (its depth), "
-                f"got {letters!r}"
+                f'block_types of stage {stage} must name {depth} blocks (its depth), '
+                f'got {letters!r}'
             )
-    if arch["stem_dim"] is None:
-        arch["stem_dim"] = arch["embed_dims"][0]
+    if arch['stem_dim'] is None:
+        arch['stem_dim'] = arch['embed_dims'][0]
     return arch

@@ -9,8 +9,8 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 # Buffers of the originals that follow from the configuration here.
-DROPPED_BUFFERS = ("attn_mask", "relative_position_index")
-CLASSIFIER = "cls_"
+DROPPED_BUFFERS = ('attn_mask', 'relative_position_index')
+CLASSIFIER = 'cls_'
 
 
 def load_dat_checkpoint(
@@ -32,18 +32,18 @@ def load_dat_checkpoint(
         ValueError: If a tensor's shape does not fit and no resampling applies, as with
             the projections of another number of kv heads, or if nothing fits at all.
     """
-    source = "checkpoint"
+    source = 'checkpoint'
     if not isinstance(checkpoint, Mapping):
         source = str(checkpoint)
-        checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
+        checkpoint = CheckpointLoader.load_checkpoint(source, map_location='cpu')
     state = adapt_state_dict(checkpoint, model.state_dict(), source)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if len(unexpected) == len(state):
-        raise ValueError(f"{source} holds no weight of this backbone")
+        raise ValueError(f'{source} holds no weight of this backbone')
     print_log(
-        f"{source}: {len(state) - len(unexpected)} tensors loaded; missing: {missing}; "
-        f"unexpected: {unexpected}",
-        logger="current",
+        f'{source}: {len(state) - len(unexpected)} tensors loaded; missing: {missing}; '
+        f'unexpected: {unexpected}',
+        logger='current',
     )
     return missing, unexpected
 
@@ -53,10 +53,10 @@ def adapt_state_dict(
 ) -> dict[str, Tensor]:
     """The checkpoint's weights under this backbone's names and in its table sizes."""
     state = checkpoint
-    for wrapper in ("model", "state_dict"):
+    for wrapper in ('model', 'state_dict'):
         if wrapper in state and isinstance(state[wrapper], Mapping):
             state = state[wrapper]
-    prefix = "backbone."
+    prefix = 'backbone.'
     if any(name.startswith(prefix) for name in state):
         state = {
             name[len(prefix) :]: value
@@ -65,11 +65,11 @@ def adapt_state_dict(
         }
     adapted = {}
     for name, value in state.items():
-        parts = name.split(".")
+        parts = name.split('.')
         if parts[-1] in DROPPED_BUFFERS or name.startswith(CLASSIFIER):
             continue
-        if "layer_scales" in parts and parts[-1] == "gamma":
-            name = ".".join([*parts[:-1], "weight"])  # the detection repository's name
+        if 'layer_scales' in parts and parts[-1] == 'gamma':
+            name = '.'.join([*parts[:-1], 'weight'])  # the detection repository's name
         if name in target and value.shape != target[name].shape:
             value = _resample(name, value, target[name], source)
         adapted[name] = value
@@ -78,16 +78,16 @@ def adapt_state_dict(
 
 def _resample(name: str, value: Tensor, like: Tensor, source: str) -> Tensor:
     """Bicubic resampling of a bias table, as in the official loader."""
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf == "relative_position_bias_table" and value.shape[1] == like.shape[1]:
+    leaf = name.rsplit('.', 1)[-1]
+    if leaf == 'relative_position_bias_table' and value.shape[1] == like.shape[1]:
         side, new_side = (math.isqrt(t.shape[0]) for t in (value, like))
         if side**2 == value.shape[0] and new_side**2 == like.shape[0]:
             table = value.T.reshape(1, -1, side, side)
-            table = F.interpolate(table, (new_side, new_side), mode="bicubic")
+            table = F.interpolate(table, (new_side, new_side), mode='bicubic')
             return table.reshape(-1, new_side**2).T
-    if leaf in ("rpe_table", "rpb") and value.shape[:-2] == like.shape[:-2]:
-        return F.interpolate(value[None], like.shape[-2:], mode="bicubic")[0]
+    if leaf in ('rpe_table', 'rpb') and value.shape[:-2] == like.shape[:-2]:
+        return F.interpolate(value[None], like.shape[-2:], mode='bicubic')[0]
     raise ValueError(
-        f"{source}: {name} has shape {tuple(value.shape)}, the backbone needs "
-        f"{tuple(like.shape)}"
+        f'{source}: {name} has shape {tuple(value.shape)}, the backbone needs '
+        f'{tuple(like.shape)}'
     )

@@ -41,22 +41,22 @@ class DATStage(nn.Module):
         **shared: Any,
     ):
         super().__init__()
-        dim, depth = arch["embed_dims"][index], arch["depths"][index]
-        letters = arch["block_types"][index]
+        dim, depth = arch['embed_dims'][index], arch['depths'][index]
+        letters = arch['block_types'][index]
         self.with_cp = with_cp
         self.letters = tuple(letters)
         self.proj = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
         # X blocks are ConvNeXt's: one norm, between convolution and MLP.
         self.ln_cnvnxt = nn.ModuleDict(
-            {str(d): ChannelLayerNorm(dim) for d in range(depth) if letters[d] == "X"}
+            {str(d): ChannelLayerNorm(dim) for d in range(depth) if letters[d] == 'X'}
         )
         self.layer_norms = nn.ModuleList(
-            ChannelLayerNorm(dim) if letters[d // 2] != "X" else nn.Identity()
+            ChannelLayerNorm(dim) if letters[d // 2] != 'X' else nn.Identity()
             for d in range(2 * depth)
         )
-        mlp_class = ConvMLP if arch["dwconv_mlp"][index] else MLP
+        mlp_class = ConvMLP if arch['dwconv_mlp'][index] else MLP
         self.mlps = nn.ModuleList(
-            mlp_class(dim, arch["mlp_ratio"][index], drop_rate) for _ in range(depth)
+            mlp_class(dim, arch['mlp_ratio'][index], drop_rate) for _ in range(depth)
         )
         self.attns = nn.ModuleList(
             build_attention(
@@ -65,25 +65,25 @@ class DATStage(nn.Module):
                 index,
                 attention.get(letter, {}),
                 dim=dim,
-                num_heads=arch["num_heads"][index],
+                num_heads=arch['num_heads'][index],
                 **shared,
             )
             for letter in letters
         )
-        scale = arch["layer_scale"][index]
+        scale = arch['layer_scale'][index]
         self.layer_scales = nn.ModuleList(
-            LayerScale(dim, data_format="channels_first", scale=scale)
+            LayerScale(dim, data_format='channels_first', scale=scale)
             if scale > 0
             else nn.Identity()
             for _ in range(2 * depth)
         )
         self.local_perception_units = nn.ModuleList(
             nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-            if arch["lpu"][index]
+            if arch['lpu'][index]
             else nn.Identity()
             for _ in range(depth)
         )
-        self.use_lpu = arch["lpu"][index]
+        self.use_lpu = arch['lpu'][index]
         self.drop_path = nn.ModuleList(
             DropPath(rate) if rate > 0 else nn.Identity() for rate in drop_path_rates
         )
@@ -101,7 +101,7 @@ class DATStage(nn.Module):
         if self.use_lpu:
             x = x + self.local_perception_units[d](x)
         drop_path = self.drop_path[d]
-        if self.letters[d] == "X":
+        if self.letters[d] == 'X':
             out = self.mlps[d](self.ln_cnvnxt[str(d)](self.attns[d](x)))
             return x + drop_path(out)
         out = self.attns[d](self.layer_norms[2 * d](x))

@@ -10,14 +10,14 @@ from .pyramid_attention import PyramidAttention
 from .window_attention import ShiftedWindowAttention, WindowAttention
 
 __all__ = [
-    "MLP",
-    "ChannelLayerNorm",
-    "ConvMLP",
-    "DeformableGQA",
-    "DepthwiseConv",
-    "MultiheadGQA",
-    "NeighborhoodAttention",
-    "PyramidAttention",
-    "ShiftedWindowAttention",
-    "WindowAttention",
+    'MLP',
+    'ChannelLayerNorm',
+    'ConvMLP',
+    'DeformableGQA',
+    'DepthwiseConv',
+    'MultiheadGQA',
+    'NeighborhoodAttention',
+    'PyramidAttention',
+    'ShiftedWindowAttention',
+    'WindowAttention',
 ]

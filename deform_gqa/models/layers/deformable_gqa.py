@@ -26,7 +26,7 @@ def reference_points(size: tuple[int, int], like: Tensor) -> Tensor:
         else:
             cell = torch.arange(side, dtype=like.dtype, device=like.device)
             axes.append((cell + 0.5) * (2 / (side - 1)) - 1)
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+    return torch.stack(torch.meshgrid(*axes, indexing='ij'), dim=-1).flatten(0, 1)
 
 
 @MODELS.register_module()
@@ -54,9 +54,9 @@ class DeformableGQA(nn.Module):
         table_size: (H0, W0), or one number for both: the map size that the bias table
             is made for; needed by the position biases 'table' and 'fixed'.
         position_bias: 'table' (a (num_heads, 2 * H0 - 1, 2 * W0 - 1) parameter
-            ``rpe_table``, interpolated at any map size), 'log_cpb' (an MLP of the signed
-            log displacement), 'fixed' (a dense bias, for maps of ``table_size`` alone),
-            'dwc' (a depthwise convolution of q added to the output), or None.
+            ``rpe_table``, interpolated at any map size), 'log_cpb' (an MLP of the
+            signed log displacement), 'fixed' (a dense bias, for maps of ``table_size``
+            alone), 'dwc' (a depthwise convolution of q added to the output), or None.
         use_offset: False pools the map instead of sampling it; no position bias then,
             as in the official code.
         attn_drop: Dropout of the attention weights, in [0, 1).
@@ -83,11 +83,11 @@ class DeformableGQA(nn.Module):
         offset_kernel_size: int = 5,
         offset_range_factor: float = -1,
         table_size: int | tuple[int, int] | None = None,
-        position_bias: str | None = "table",
+        position_bias: str | None = 'table',
         use_offset: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        backend: str = "auto",
+        backend: str = 'auto',
     ):
         super().__init__()
         self.num_heads = num_heads
@@ -136,18 +136,18 @@ class DeformableGQA(nn.Module):
     def _check(num_heads, offset_groups, stride, offset_kernel_size, position_bias):
         if offset_groups < 1 or num_heads % offset_groups:
             raise ValueError(
-                f"num_heads must be a multiple of offset_groups, got "
-                f"num_heads={num_heads}, offset_groups={offset_groups}"
+                f'num_heads must be a multiple of offset_groups, got '
+                f'num_heads={num_heads}, offset_groups={offset_groups}'
             )
         if stride < 1:
-            raise ValueError(f"stride must be at least 1, got {stride}")
+            raise ValueError(f'stride must be at least 1, got {stride}')
         if offset_kernel_size < 1:
             raise ValueError(
-                f"offset_kernel_size must be at least 1, got {offset_kernel_size}"
+                f'offset_kernel_size must be at least 1, got {offset_kernel_size}'
             )
         if position_bias not in POSITION_BIASES:
             raise ValueError(
-                f"position_bias must be one of {POSITION_BIASES}, got {position_bias!r}"
+                f'position_bias must be one of {POSITION_BIASES}, got {position_bias!r}'
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class DeformableGQA(nn.Module):
         k = split_heads(self.proj_k(sampled), self.num_kv_heads)
         v = split_heads(self.proj_v(sampled), self.num_kv_heads)
         out = merge_heads(self._attend(q, k, v, pos, grid_size), grid_size)
-        if self.position_bias == "dwc":
+        if self.position_bias == 'dwc':
             out = out + self.rpe_table(q_map)
         return self.proj_drop(self.proj_out(out))
 
@@ -175,8 +175,8 @@ class DeformableGQA(nn.Module):
         kernel = self.offset_kernel_size
         if kernel == self.stride and min(q_map.shape[2:]) < kernel:
             raise ValueError(
-                f"the map {tuple(q_map.shape[2:])} is smaller than the unpadded offset "
-                f"kernel (offset_kernel_size = stride = {kernel})"
+                f'the map {tuple(q_map.shape[2:])} is smaller than the unpadded offset '
+                f'kernel (offset_kernel_size = stride = {kernel})'
             )
         dtype = torch.float64 if q_map.dtype == torch.float64 else torch.float32
         batch = q_map.shape[0]
@@ -207,13 +207,11 @@ class DeformableGQA(nn.Module):
 
     def _attend(self, q, k, v, pos, grid_size) -> Tensor:
         dropout_p = self.attn_drop if self.training else 0.0
-        if self.position_bias == "log_cpb":
-            return log_cpb_attention(
-                q, k, v, pos, self.rpe_table, grid_size, dropout_p
-            )
-        if self.position_bias == "fixed":
+        if self.position_bias == 'log_cpb':
+            return log_cpb_attention(q, k, v, pos, self.rpe_table, grid_size, dropout_p)
+        if self.position_bias == 'fixed':
             return self._attend_fixed(q, k, v, grid_size, dropout_p)
-        table = self.rpe_table if self.position_bias == "table" else None
+        table = self.rpe_table if self.position_bias == 'table' else None
         return deform_attn(
             q,
             k,
@@ -230,11 +228,12 @@ class DeformableGQA(nn.Module):
         if (q.shape[2], k.shape[2]) != tuple(self.rpe_table.shape[1:]):
             raise ValueError(
                 f"position_bias='fixed' is made for {self.rpe_table.shape[1]} queries "
-                f"and {self.rpe_table.shape[2]} keys, got a map {grid_size} with "
-                f"{k.shape[2]} keys"
+                f'and {self.rpe_table.shape[2]} keys, got a map {grid_size} with '
+                f'{k.shape[2]} keys'
             )
-        k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
-                for t in (k, v))
+        k, v = (
+            t.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for t in (k, v)
+        )
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=self.rpe_table.to(q.dtype), dropout_p=dropout_p
         )

@@ -28,5 +28,5 @@ class DepthwiseConv(nn.Conv2d):
         num_kv_heads: int | None = None,
     ):
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+            raise ValueError(f'kernel_size must be odd, got {kernel_size}')
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)

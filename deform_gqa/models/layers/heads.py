@@ -12,14 +12,14 @@ def check_heads(dim: int, num_heads: int, num_kv_heads: int | None) -> int:
     """
     if num_heads < 1 or dim % num_heads:
         raise ValueError(
-            f"dim must be a multiple of num_heads, got dim={dim}, num_heads={num_heads}"
+            f'dim must be a multiple of num_heads, got dim={dim}, num_heads={num_heads}'
         )
     if num_kv_heads is None:
         return num_heads
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
-            f"num_heads must be a multiple of num_kv_heads, got num_heads={num_heads}, "
-            f"num_kv_heads={num_kv_heads}"
+            f'num_heads must be a multiple of num_kv_heads, got num_heads={num_heads}, '
+            f'num_kv_heads={num_kv_heads}'
         )
     return num_kv_heads
 

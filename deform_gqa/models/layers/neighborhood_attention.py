@@ -45,17 +45,17 @@ class NeighborhoodAttention(nn.Module):
         dilation: int = 1,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        backend: str = "auto",
+        backend: str = 'auto',
     ):
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise ValueError(
-                f"kernel_size must be odd and at least 3, got {kernel_size}"
+                f'kernel_size must be odd and at least 3, got {kernel_size}'
             )
         if dilation < 1:
-            raise ValueError(f"dilation must be at least 1, got {dilation}")
+            raise ValueError(f'dilation must be at least 1, got {dilation}')
         self.kernel_size = kernel_size
         self.dilation = dilation
         self.backend = backend

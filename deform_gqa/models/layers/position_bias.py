@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deform_gqa.ops.naive import query_coords, repeat_kv
 
-POSITION_BIASES = ("table", "log_cpb", "fixed", "dwc", None)
+POSITION_BIASES = ('table', 'log_cpb', 'fixed', 'dwc', None)
 # (query, key, hidden unit) triples that the MLP of 'log_cpb' works on at a time.
 MAX_LOG_CPB_HIDDEN = 2**24
 LOG_CPB_HIDDEN = 32
@@ -29,26 +29,26 @@ def build_position_bias(
     Raises:
         ValueError: If 'table' or 'fixed' come without ``table_size``.
     """
-    if kind in ("table", "fixed"):
+    if kind in ('table', 'fixed'):
         if table_size is None or min(table_size) < 1:
             raise ValueError(
-                f"position_bias={kind!r} needs a table_size (height, width) of at least "
-                f"1, got {table_size}"
+                f'position_bias={kind!r} needs a table_size (height, width) of at '
+                f'least 1, got {table_size}'
             )
         height, width = table_size
         shape = (2 * height - 1, 2 * width - 1)
-        if kind == "fixed":
+        if kind == 'fixed':
             shape = (height * width, (height // stride) * (width // stride))
         table = nn.Parameter(torch.zeros(num_heads, *shape))
         trunc_normal_(table, std=0.01)
         return table
-    if kind == "log_cpb":
+    if kind == 'log_cpb':
         return nn.Sequential(
             nn.Linear(2, LOG_CPB_HIDDEN),
             nn.ReLU(),
             nn.Linear(LOG_CPB_HIDDEN, num_heads // offset_groups, bias=False),
         )
-    if kind == "dwc":
+    if kind == 'dwc':
         return nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
     return None
 
@@ -87,7 +87,7 @@ def log_cpb_attention(
     grid_y, grid_x = (query_coords(side, pos) for side in grid_size)
 
     def attend_rows(q_rows: Tensor, y: Tensor, k: Tensor, v: Tensor, pos: Tensor):
-        grid = torch.stack(torch.meshgrid(y, grid_x, indexing="ij"), dim=-1)
+        grid = torch.stack(torch.meshgrid(y, grid_x, indexing='ij'), dim=-1)
         shift = 4 * (grid.reshape(1, 1, -1, 1, 2) - pos.unsqueeze(2))
         shift = shift.sign() * (shift.abs() + 1).log2() / math.log2(8)
         bias = mlp(shift.to(mlp[0].weight.dtype))  # (B, G, n, S, Hq / G)

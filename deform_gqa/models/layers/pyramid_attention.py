@@ -43,7 +43,7 @@ class PyramidAttention(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
         if sr_ratio < 1:
-            raise ValueError(f"sr_ratio must be at least 1, got {sr_ratio}")
+            raise ValueError(f'sr_ratio must be at least 1, got {sr_ratio}')
         self.sr_ratio = sr_ratio
         kv_dim = dim // num_heads * self.num_kv_heads
         self.q = nn.Conv2d(dim, dim, 1)

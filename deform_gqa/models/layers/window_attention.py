@@ -63,7 +63,7 @@ class WindowAttention(nn.Module):
         self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
         self.window_size = to_2tuple(window_size)
         if min(self.window_size) < 1:
-            raise ValueError(f"window_size must be at least 1, got {window_size}")
+            raise ValueError(f'window_size must be at least 1, got {window_size}')
         head_dim = dim // num_heads
         self.proj_qkv = nn.Linear(dim, dim + 2 * head_dim * self.num_kv_heads)
         self.proj_out = nn.Linear(dim, dim)
@@ -76,7 +76,7 @@ class WindowAttention(nn.Module):
         trunc_normal_(self.relative_position_bias_table, std=0.01)
         # Official checkpoints hold this index too; it follows from the window size.
         self.register_buffer(
-            "relative_position_index",
+            'relative_position_index',
             relative_position_index(self.window_size),
             persistent=False,
         )
@@ -87,7 +87,9 @@ class WindowAttention(nn.Module):
         return self._attend(x, mask=None)[..., :height, :width]
 
     def _pad(self, x: Tensor) -> Tensor:
-        pad_h, pad_w = (-side % w for side, w in zip(x.shape[2:], self.window_size, strict=True))
+        pad_h, pad_w = (
+            -side % w for side, w in zip(x.shape[2:], self.window_size, strict=True)
+        )
         return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
 
     def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -152,7 +154,7 @@ class ShiftedWindowAttention(WindowAttention):
             dim, num_heads, num_kv_heads, window_size, attn_drop, proj_drop
         )
         if min(self.window_size) < 2:
-            raise ValueError(f"window_size must be at least 2, got {self.window_size}")
+            raise ValueError(f'window_size must be at least 2, got {self.window_size}')
         self.shift = tuple(math.ceil(side / 2) for side in self.window_size)
 
     def forward(self, x: Tensor) -> Tensor:

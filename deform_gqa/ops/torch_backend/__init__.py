@@ -9,9 +9,9 @@ from .deform_sample import deform_sample
 from .neighborhood_attn import neighborhood_attn_backward, neighborhood_attn_forward
 
 __all__ = [
-    "deform_attn_backward",
-    "deform_attn_forward",
-    "deform_sample",
-    "neighborhood_attn_backward",
-    "neighborhood_attn_forward",
+    'deform_attn_backward',
+    'deform_attn_forward',
+    'deform_sample',
+    'neighborhood_attn_backward',
+    'neighborhood_attn_forward',
 ]

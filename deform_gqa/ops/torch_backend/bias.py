@@ -92,10 +92,9 @@ class TileBias:
         table_h, table_w = table.shape[1:]
         num_rows, num_cols = rows.weights.shape[-1], cols.weights.shape[-1]
         corner = rows.start * table_w + cols.start
-        cell = (
-            torch.arange(num_rows, device=table.device)[:, None] * table_w
-            + torch.arange(num_cols, device=table.device)
-        )
+        cell = torch.arange(num_rows, device=table.device)[
+            :, None
+        ] * table_w + torch.arange(num_cols, device=table.device)
         # (X, S, h, my, mx) flat indices into the table
         self.index = (
             (heads * (table_h * table_w))[:, None, :, None, None]

@@ -167,9 +167,7 @@ def deform_attn_backward(
     grad_k, grad_v = torch.zeros_like(problem.k), torch.zeros_like(problem.v)
     grad_pos = problem.pos.new_zeros(problem.pos.shape)
     grad_table = torch.zeros_like(problem.table)
-    maps = [
-        problem.as_map(problem.by_pair(t)) for t in (grad_out, out, lse, q, grad_q)
-    ]
+    maps = [problem.as_map(problem.by_pair(t)) for t in (grad_out, out, lse, q, grad_q)]
     for number, tile in problem.tiles():
         tile_bias = problem.bias(tile, with_slopes=True)
         bias = tile_bias.value()

@@ -89,7 +89,7 @@ def neighborhood_attn_backward(
     for maps in _sub_maps(
         grid_size, dilation, q, k, v, grad_out, out, lse.unsqueeze(-1), dq, dk, dv
     ):
-        q_map, k_map, v_map, *_, dk_map, dv_map = maps
+        q_map, k_map, *_, dk_map, dv_map = maps
         tiled = TiledMap(q_map, k_map, rpb, kernel_size)
         padded_dk = tiled.new_padded_keys(k.shape[-1])
         padded_dv = tiled.new_padded_keys(k.shape[-1])

@@ -70,11 +70,11 @@ def cut_axis(size: int, kernel_size: int, max_tile: int) -> Axis:
         cuts,
         key=lambda cut: cut[0] * cut[1] * cut[2],  # pairs of query and key
     )
-    keys = torch.arange(halo)[:, None] - key_pad
-    queries = torch.arange(tile) - query_pad
-    first = torch.arange(num_tiles)[:, None, None] * tile
+    keys = torch.arange(halo, device='cpu')[:, None] - key_pad
+    queries = torch.arange(tile, device='cpu') - query_pad
+    first = torch.arange(num_tiles, device='cpu')[:, None, None] * tile
     keys, queries = keys + first, (queries + first).clamp(0, size - 1)
-    starts = window_start(size, kernel_size, 1)[queries]
+    starts = window_start(size, kernel_size, 1, 'cpu')[queries]
     seen = (keys >= starts) & (keys < starts + kernel_size)
     offsets = torch.where(seen, keys - queries + kernel_size - 1, -1)
     patterns, pattern_ids = offsets.unique(dim=0, return_inverse=True)
@@ -192,7 +192,7 @@ def reduce_bias_table(
     bins = 2 * kernel_size - 1
     # An offset of -1 matches no bin, so hidden pairs add nothing.
     one_hot_y, one_hot_x = (
-        (axis.patterns.unsqueeze(-1) == torch.arange(bins)).to(grad)
+        (axis.patterns.unsqueeze(-1) == torch.arange(bins, device='cpu')).to(grad)
         for axis in (axis_y, axis_x)
     )
     num_y, keys_y, queries_y, _ = one_hot_y.shape

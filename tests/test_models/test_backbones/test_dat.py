@@ -1,0 +1,330 @@
+import pytest
+import torch
+from golden import check_against_golden, load_golden, load_state, sub_dict
+from mmdet.registry import MODELS
+from torch import nn
+from torch.testing import assert_close
+
+from deform_gqa.models import DAT, DeformableGQA, PyramidAttention, WindowAttention
+from deform_gqa.models.backbones.dat_arch import ARCHS
+from deform_gqa.models.backbones.dat_checkpoint import (
+    DROPPED_BUFFERS,
+    load_dat_checkpoint,
+)
+
+MINI = dict(
+    embed_dims=(8, 16, 32, 64),
+    depths=(2, 2, 2, 2),
+    num_heads=(1, 2, 4, 4),
+    block_types=('ND', 'LS', 'PX', 'DD'),
+    offset_groups=(1, 2, 2, 4),
+    table_sizes=(16, 8, 4, 2),
+    neighborhood_sizes=(3, 3, 3, 3),
+    window_sizes=(3, 3, 3, 3),
+)
+
+
+def mini(**options):
+    arch = {**MINI, **options.pop('arch', {})}
+    torch.manual_seed(0)
+    return DAT(arch, **options)
+
+
+def official_arch(config):
+    """An arch dict from the official argument names."""
+    image_size = config.get('img_size', 224)
+    flags = dict(
+        conv_stem='use_conv_patches', lpu='use_lpus', dwconv_mlp='use_dwc_mlps'
+    )
+    arch = dict(
+        embed_dims=config['dims'],
+        depths=config['depths'],
+        num_heads=config['heads'],
+        block_types=[''.join(letters) for letters in config['stage_spec']],
+        offset_groups=[max(groups, 1) for groups in config['groups']],
+        strides=[max(stride, 1) for stride in config['strides']],
+        offset_kernel_sizes=config['ksizes'],
+        offset_range_factors=config['offset_range_factor'],
+        position_bias=['table' if use else None for use in config['use_pes']],
+        table_sizes=[image_size // 4 // 2**i for i in range(4)],
+        neighborhood_sizes=config.get('nat_ksizes', (3,) * 4),
+        stem_dim=config['dim_stem'],
+    )
+    for ours, official in flags.items():
+        default = False if ours == 'conv_stem' else (False,) * 4
+        arch[ours] = config.get(official, default)
+    return arch
+
+
+@pytest.mark.parametrize('backend', ['naive', 'torch'])
+@pytest.mark.parametrize(
+    'name', ['dat_pp_mini_64x64', 'dat_pp_mini_96x160', 'dat_v1_mini_224x224']
+)
+def test_equals_official_backbone(name, backend):
+    config, arrays = load_golden(name)
+    model = DAT(official_arch(config), backend=backend)
+    missing, unexpected = load_dat_checkpoint(model, sub_dict(arrays, 'state/'))
+    assert not unexpected
+    assert all(key.startswith('norms.') for key in missing)
+    model.norms = nn.ModuleList(nn.Identity() for _ in range(4))
+    check_against_golden(model, arrays)
+
+
+def zeros_of(state):
+    return {name: torch.zeros(shape) for name, shape in state.items()}
+
+
+@pytest.mark.parametrize(
+    ('name', 'arch', 'params_m'),
+    [
+        ('dat_tiny_v1', None, 28.313),
+        ('dat_tiny_pp', 't++', 23.963),
+        ('dat_small_pp', 's++', 53.127),
+        ('dat_base_pp', 'b++', 93.691),
+    ],
+)
+def test_official_checkpoints_load(name, arch, params_m):
+    """Classification: the norms are missing. Detection: nothing is."""
+    official = load_state(name)
+    # The reference DAT-T has offset kernels of 3, the released one of 5 and 3.
+    model = DAT(arch or official_arch(official['config']))
+    state = zeros_of(official['state'])
+    missing, unexpected = load_dat_checkpoint(model, {'model': state})
+    assert not unexpected
+    assert set(missing) == {
+        f'norms.{i}.norm.{k}' for i in range(4) for k in ('weight', 'bias')
+    }
+    classifier = {n: v for n, v in state.items() if n.startswith('cls_')}
+    own = sum(p.numel() for n, p in model.named_parameters() if 'norms.' not in n[:6])
+    total = own + sum(v.numel() for v in classifier.values())
+    assert total / 1e6 == pytest.approx(params_m, abs=1e-3)
+
+    detection = {n: v for n, v in state.items() if not n.startswith('cls_')}
+    for i, dim in enumerate(official['config']['dims']):
+        detection[f'norms.{i}.norm.weight'] = torch.ones(dim)
+        detection[f'norms.{i}.norm.bias'] = torch.ones(dim)
+    detection = {f'backbone.{n}': v for n, v in detection.items()}
+    detection['bbox_head.conv.weight'] = torch.ones(1)
+    assert load_dat_checkpoint(model, {'state_dict': detection}) == ([], [])
+    assert not model.stages[2].attns[1].proj_q.weight.any()
+    assert model.norms[3].norm.bias.all()
+
+
+def test_tables_of_another_size_are_resampled(tmp_path):
+    small, large = (
+        mini(),
+        mini(
+            arch=dict(
+                table_sizes=(24, 8, 4, 2),
+                window_sizes=(5,) * 4,
+                block_types=('ND', 'LS', 'PP', 'DD'),
+            )
+        ),
+    )
+    state = {
+        n: v for n, v in small.state_dict().items() if not n.startswith('stages.2')
+    }
+    name = 'stages.0.attns.1.rpe_table'
+    state[name] = torch.ones_like(state[name])
+    window = 'stages.1.attns.0.relative_position_bias_table'
+    state[window] = torch.arange(25.0)[:, None].expand(25, 2).clone()
+    torch.save({'state_dict': state}, tmp_path / 'small.pth')
+    large.init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'small.pth'))
+    large.init_weights()
+    loaded = large.state_dict()
+    assert_close(loaded[name], torch.ones(1, 47, 47))
+    assert loaded[window].shape == (81, 2)
+    assert loaded[window][40, 1] == pytest.approx(12, abs=1e-3)
+
+
+def test_checkpoint_of_another_number_of_kv_heads():
+    state = mini().state_dict()
+    with pytest.raises(ValueError, match=r'proj_qkv.weight has shape \(48, 16\)'):
+        load_dat_checkpoint(mini(num_kv_heads=1), state)
+
+
+def test_checkpoint_without_any_weight():
+    with pytest.raises(ValueError, match='holds no weight'):
+        load_dat_checkpoint(mini(), {'state_dict': {'head.weight': torch.ones(1)}})
+
+
+def test_official_buffers_are_dropped():
+    state = mini().state_dict()
+    assert not any(name.endswith(DROPPED_BUFFERS) for name in state)
+    for buffer in DROPPED_BUFFERS:
+        state[f'stages.1.attns.0.{buffer}'] = torch.zeros(9, 9)
+    assert load_dat_checkpoint(mini(), state) == ([], [])
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_arch_zoo(arch):
+    with torch.device('meta'):
+        model = MODELS.build(dict(type='DAT', arch=arch, num_kv_heads=None))
+    dims, depths = ARCHS[arch]['embed_dims'], ARCHS[arch]['depths']
+    assert [len(stage.attns) for stage in model.stages] == list(depths)
+    assert [norm.norm.normalized_shape[0] for norm in model.norms] == list(dims)
+
+
+@pytest.mark.parametrize('size', [(32, 32), (33, 47), (64, 96), (50, 131)])
+@pytest.mark.parametrize('conv_stem', [True, False])
+def test_any_image_size(size, conv_stem):
+    model = mini(arch=dict(conv_stem=conv_stem))
+    outs = model(torch.rand(1, 3, *size))
+    sides = list(size)
+    sides = [(s + 3) // 4 if conv_stem else s // 4 for s in sides]
+    for out, dim in zip(outs, MINI['embed_dims'], strict=True):
+        assert out.shape == (1, dim, *sides)
+        sides = [(s + 1) // 2 if conv_stem else max(s // 2, 0) for s in sides]
+    sum(out.sum() for out in outs).backward()
+
+
+def test_outputs_and_gradients_of_all_parameters():
+    model = mini(num_kv_heads=1, drop_path_rate=0.1, out_indices=(1, 3))
+    outs = model(torch.rand(2, 3, 64, 96))
+    assert [out.shape for out in outs] == [(2, 16, 8, 12), (2, 64, 2, 3)]
+    assert all(out.is_contiguous() for out in outs)
+    sum(out.square().sum() for out in outs).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_kv_heads_by_stage():
+    model = mini(num_kv_heads=(1, 1, 2, 4))
+    assert model.stages[0].attns[1].num_kv_heads == 1
+    assert model.stages[3].attns[0].num_kv_heads == 4
+    assert model.stages[3].attns[0].proj_k.weight.shape[0] == 64
+
+
+def test_checkpointing_changes_nothing():
+    x = torch.rand(1, 3, 64, 64)
+    grads = []
+    for with_cp in (False, True):
+        model = mini(with_cp=with_cp, drop_path_rate=0.3, drop_rate=0.1)
+        torch.manual_seed(1)
+        sum(out.square().sum() for out in model(x)).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert_close(a, b)
+
+
+def test_drop_path_rates_rise_linearly():
+    model = mini(drop_path_rate=0.7)
+    rates = [getattr(d, 'drop_prob', 0.0) for s in model.stages for d in s.drop_path]
+    assert_close(torch.tensor(rates), torch.linspace(0, 0.7, 8))
+
+
+@pytest.mark.parametrize('frozen', [-1, 0, 2, 4])
+def test_frozen_stages(frozen):
+    model = mini(frozen_stages=frozen)
+    model.train()
+    trained = {
+        n.rsplit('.', 1)[0] for n, p in model.named_parameters() if p.requires_grad
+    }
+    assert ('patch_proj.0' in trained) == (frozen < 0)
+    for i in range(4):
+        kept = any(name.startswith(f'stages.{i}.') for name in trained)
+        assert kept == (i >= frozen)
+        assert model.stages[i].training == (i >= frozen)
+    for i in range(3):
+        # down_projs[i] leads to stage i + 1 and is frozen with it
+        kept = any(name.startswith(f'down_projs.{i}.') for name in trained)
+        assert kept == (i + 1 >= frozen)
+
+
+def test_norm_eval():
+    model = mini(norm_eval=True)
+    model.stages[0].attns[0] = nn.Sequential(nn.BatchNorm2d(8))
+    model.train()
+    assert not model.stages[0].attns[0][0].training
+    assert model.stages[0].training
+
+
+def test_layer_scale():
+    model = mini(arch=dict(layer_scale=(1e-5, -1, -1, -1)))
+    assert model.stages[0].layer_scales[0].weight.shape == (8,)
+    renamed = {
+        n.replace('layer_scales.0.weight', 'layer_scales.0.gamma'): v
+        for n, v in model.state_dict().items()
+    }
+    assert load_dat_checkpoint(model, renamed) == ([], [])
+
+
+class TestAttentionOverrides:
+    def test_option_of_the_default_class(self):
+        model = mini(attention=dict(D=dict(position_bias=None, stride=1)))
+        block = model.stages[0].attns[1]
+        assert isinstance(block, DeformableGQA)
+        assert block.rpe_table is None and block.stride == 1
+        assert block.offset_kernel_size == 9  # the arch's
+
+    def test_other_class(self):
+        model = mini(
+            num_kv_heads=1,
+            attn_drop_rate=0.25,
+            attention=dict(D=dict(type='PyramidAttention', sr_ratio=2)),
+        )
+        block = model.stages[3].attns[0]
+        assert isinstance(block, PyramidAttention)
+        assert (block.sr_ratio, block.num_kv_heads, block.attn_drop) == (2, 1, 0.25)
+        assert isinstance(model.stages[1].attns[0], WindowAttention)
+        assert model(torch.rand(1, 3, 64, 64))[3].shape == (1, 64, 2, 2)
+
+    def test_new_letter(self):
+        model = mini(
+            arch=dict(block_types=('ND', 'LS', 'PX', 'DW')),
+            attention=dict(W=dict(type=WindowAttention, window_size=2)),
+        )
+        assert isinstance(model.stages[3].attns[1], WindowAttention)
+
+    def test_option_that_the_class_does_not_take(self):
+        override = dict(type='PyramidAttention', sr_ratio=2, stride=4)
+        with pytest.raises(TypeError, match=r"no option \['stride'\].*_delete_"):
+            mini(attention=dict(D=override))
+
+    @pytest.mark.parametrize(
+        ('options', 'message'),
+        [
+            (dict(attention=dict(Z=dict(type='PyramidAttention'))), r"letters \['Z'\]"),
+            (dict(arch=dict(block_types=('ND', 'LS', 'PX', 'DQ'))), "letter 'Q'"),
+            (dict(attention=dict(D=dict(type='NoSuchThing'))), "'NoSuchThing'"),
+        ],
+    )
+    def test_bad_letters(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            mini(**options)
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'message'),
+    [
+        (dict(arch='xxl'), ValueError, "got 'xxl'"),
+        (dict(arch=3), TypeError, 'arch must be a name or a dict, got int'),
+        (dict(arch=dict(depths=(1, 1, 1, 1))), ValueError, "must hold 'embed_dims'"),
+        (
+            dict(arch={**MINI, 'depth': 3}),
+            ValueError,
+            r"unknown arch options \['depth'\]",
+        ),
+        (dict(arch={**MINI, 'strides': (1, 2)}), ValueError, "'strides' must have 4"),
+        (
+            dict(arch={**MINI, 'depths': (2, 2, 3, 2)}),
+            ValueError,
+            'stage 2 must name 3',
+        ),
+        (dict(arch=MINI, num_kv_heads=3), ValueError, 'num_kv_heads=3'),
+        (dict(arch=MINI, num_kv_heads=(1, 1)), ValueError, r'got \(1, 1\)'),
+        (dict(arch=MINI, out_indices=(4,)), ValueError, r'out_indices .* got \(4,\)'),
+        (dict(arch=MINI, out_indices=()), ValueError, 'out_indices'),
+        (dict(arch=MINI, frozen_stages=5), ValueError, 'frozen_stages .* got 5'),
+        (dict(arch=MINI, drop_path_rate=1.0), ValueError, 'drop_path_rate .* got 1.0'),
+        (dict(arch=MINI, drop_rate=-0.1), ValueError, 'drop_rate .* got -0.1'),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        DAT(**options)
+
+
+@pytest.mark.parametrize('shape', [(1, 3, 31, 64), (1, 1, 64, 64), (3, 64, 64)])
+def test_bad_images(shape):
+    with pytest.raises(ValueError, match='at least 32 x 32'):
+        mini()(torch.rand(shape))

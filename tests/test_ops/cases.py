@@ -1,0 +1,84 @@
+"""Drawn inputs shared by the op tests."""
+
+import dataclasses
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class DeformAttnCase:
+    """Shape of one call of deform_attn; notation of ``ops/naive.py``."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    groups: int
+    grid_size: tuple[int, int]
+    keys: int
+    head_dim: int
+    table_size: tuple[int, int] | None
+    reach: float  # largest |pos|
+    strided: bool
+    seed: int
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
+        """q, k, v, pos and table, all of which require gradients."""
+        generator = torch.Generator().manual_seed(self.seed)
+        num_queries = self.grid_size[0] * self.grid_size[1]
+        pos_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def draw(*shape: int, dtype=dtype) -> Tensor:
+            x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            if self.strided and len(shape) == 4:
+                x = x.transpose(1, 3).contiguous().transpose(1, 3)
+            return x.requires_grad_()
+
+        q = draw(self.batch, self.heads, num_queries, self.head_dim)
+        k = draw(self.batch, self.kv_heads, self.keys, self.head_dim)
+        v = draw(self.batch, self.kv_heads, self.keys, self.head_dim)
+        if self.table_size is None:
+            return [q, k, v, None, None]
+        shape = (self.batch, self.groups, self.keys, 2)
+        pos = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+        pos = (pos * self.reach).to(pos_dtype).requires_grad_()
+        return [q, k, v, pos, draw(self.heads, *self.table_size, dtype=pos_dtype)]
+
+
+@st.composite
+def deform_attn_cases(draw, max_side: int = 19) -> DeformAttnCase:
+    groups = draw(st.integers(1, 3))
+    heads = groups * draw(st.integers(1, 4))
+    divisors = [h for h in range(1, heads + 1) if heads % h == 0]
+    height, width = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
+    table_size = draw(
+        st.one_of(
+            st.none(),
+            st.just((2 * height - 1, 2 * width - 1)),
+            st.tuples(st.integers(1, 30), st.integers(1, 30)),
+        )
+    )
+    return DeformAttnCase(
+        batch=draw(st.integers(1, 3)),
+        heads=heads,
+        kv_heads=draw(st.sampled_from(divisors)),
+        groups=groups,
+        grid_size=(height, width),
+        keys=draw(st.integers(1, 40)),
+        head_dim=draw(st.sampled_from([5, 8, 16, 24, 40])),
+        table_size=table_size,
+        reach=draw(st.sampled_from([0.9, 1.0, 1.7, 4.0])),
+        strided=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def output_and_gradients(op, inputs: list[Tensor | None]) -> list[Tensor]:
+    """The output, and the gradients of a fixed loss to each input that is not None."""
+    out = op(*inputs)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    present = [x for x in inputs if x is not None]
+    grads = torch.autograd.grad(out, present, grad.to(out.dtype), allow_unused=True)
+    return [out, *(g for g in grads if g is not None)]

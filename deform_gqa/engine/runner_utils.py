@@ -17,6 +17,7 @@ __all__ = [
     'build_runner',
     'check_common_arguments',
     'find_checkpoint_to_resume',
+    'leave_process_group',
     'load_config',
     'use_amp',
     'use_auto_scale_lr',
@@ -123,6 +124,13 @@ def _use_gloo(cfg: Config) -> None:
     cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
 
 
+def leave_process_group() -> None:
+    """Ends a distributed run: gloo's threads abort a process that just exits."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def use_amp(cfg: Config) -> None:
     """Turns on mixed precision: float16 on a GPU, bfloat16 on the CPU."""
     if torch.cuda.is_available():
@@ -165,11 +173,10 @@ def use_tta(cfg: Config) -> None:
         ),
     )
     dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:  # wrappers such as RepeatDataset have no pipeline
+        dataset = dataset.dataset
     if 'tta_pipeline' not in cfg:
-        innermost = dataset
-        while 'dataset' in innermost:
-            innermost = innermost.dataset
-        cfg.tta_pipeline = [*innermost.pipeline[:-1], _mirror_transform()]
+        cfg.tta_pipeline = [*dataset.pipeline[:-1], _mirror_transform()]
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
     dataset.pipeline = cfg.tta_pipeline
 

@@ -22,7 +22,7 @@ class PowerCutError(Exception):
 
 def run(work_dir: Path, *options: str) -> int:
     command = [sys.executable, str(SCRIPT), str(work_dir), *options]
-    return subprocess.run(command, check=False, timeout=120).returncode
+    return subprocess.run(command, check=False, timeout=600).returncode
 
 
 def weights(file: Path) -> dict:
@@ -93,8 +93,8 @@ def test_order_of_data_comes_back_without_a_given_seed(tmp_path):
 
 
 def test_iteration_based_run_restores_the_draws_of_the_model(tmp_path):
-    loop = dict(by_epoch=False, max_iters=8, val_interval=2)
-    options = dict(loop=loop, by_epoch=False, interval=1, workers=1, scores=(0.1,))
+    loop = dict(by_epoch=False, max_iters=5, val_interval=2)
+    options = dict(loop=loop, by_epoch=False, interval=1, noise=False)
     whole = train(tmp_path / 'whole', **options)
     (tmp_path / 'broken').mkdir()
     start = tmp_path / 'whole' / 'iter_2.pth'

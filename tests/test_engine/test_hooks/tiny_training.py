@@ -25,14 +25,19 @@ from deform_gqa.engine import use_safe_loading
 _NUMBERS = itertools.count()
 
 
-class NoisyPoints(Dataset):
-    """Points with noise from each of the three generators."""
+class Points(Dataset):
+    """Points with noise from each of the three generators, if any."""
+
+    def __init__(self, noise: bool = True) -> None:
+        self.noise = noise
 
     def __len__(self) -> int:
         return 12
 
     def __getitem__(self, index: int) -> dict:
-        noise = random.random() + np.random.rand() + torch.rand(()).item()
+        noise = 0.0
+        if self.noise:
+            noise = random.random() + np.random.rand() + torch.rand(()).item()
         return dict(inputs=torch.full((4,), index + noise))
 
 
@@ -82,7 +87,9 @@ def make_runner(
     *,
     resume: bool = False,
     kill_at: int | None = None,
+    noise: bool = True,
     workers: int = 0,
+    persistent_workers: bool = False,
     seed: int | None = 3,
     scores: tuple[float, ...] = (0.1, 0.5, 0.2, 0.4),
     loop: dict | None = None,
@@ -94,8 +101,8 @@ def make_runner(
         return dict(
             batch_size=4,
             num_workers=workers,
-            persistent_workers=workers > 0,
-            dataset=NoisyPoints(),
+            persistent_workers=persistent_workers,
+            dataset=Points(noise),
             sampler=dict(type='DefaultSampler', shuffle=shuffle),
             collate_fn=dict(type='pseudo_collate'),
         )
@@ -134,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     use_safe_loading()
-    make_runner(**vars(args)).train()
+    make_runner(persistent_workers=args.workers > 0, **vars(args)).train()
 
 
 if __name__ == '__main__':

@@ -1,0 +1,70 @@
+"""Every config builds its detector and its data pipelines, and runs a training step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.registry import MODELS, TRANSFORMS
+from mmdet.testing import demo_mm_inputs
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ('configs/*/*.py', 'projects/*/configs/*.py')
+    for path in ROOT.glob(pattern)
+    if '_base_' not in path.parts
+)
+# Parameters that the DAT recipe keeps free of weight decay.
+UNDECAYED = ('rpe_table', 'relative_position_bias_table', 'rpb', 'bias', 'norm.weight')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _registered():
+    register_all_modules()
+
+
+def num_classes(model) -> int:
+    head = model.bbox_head if hasattr(model, 'bbox_head') else model.roi_head.bbox_head
+    return head.num_classes
+
+
+@pytest.mark.parametrize('path', CONFIGS)
+def test_config(path):
+    cfg = Config.fromfile(ROOT / path)
+    model = MODELS.build(cfg.model)
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        for transform in cfg[loader].dataset.pipeline:
+            TRANSFORMS.build(transform)
+    optim = build_optim_wrapper(model, cfg.optim_wrapper)
+
+    inputs = demo_mm_inputs(
+        2,
+        [[3, 128, 160], [3, 120, 130]],
+        num_classes=num_classes(model) + 1,  # labels drawn: 1 to num_classes
+        with_mask='mask_head' in str(cfg.model),
+    )
+    for sample in inputs['data_samples']:
+        sample.gt_instances.labels -= 1
+    data = model.data_preprocessor(inputs, training=True)
+    losses, _ = model.parse_losses(model.forward(**data, mode='loss'))
+    assert losses.isfinite()
+    optim.update_params(losses)
+    model.eval()
+    with torch.no_grad():
+        assert len(model.forward(**data, mode='predict')) == 2
+
+
+@pytest.mark.parametrize('path', [c for c in CONFIGS if 'dat' in Path(c).stem])
+def test_no_weight_decay_for_norms_tables_and_biases(path):
+    cfg = Config.fromfile(ROOT / path)
+    model = MODELS.build(cfg.model)
+    optim = build_optim_wrapper(model, cfg.optim_wrapper)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optim.optimizer.param_groups:
+        for parameter in group['params']:
+            name = names[id(parameter)]
+            if name.startswith('backbone.') and name.endswith(UNDECAYED):
+                assert group['weight_decay'] == 0, name

@@ -1,0 +1,121 @@
+"""The least work of a case, and the least time that it takes on known GPUs.
+
+Work that no implementation can leave out: an exponential for each (query, key, head)
+pair, the products of attention, every argument and result moved once. Backward
+recomputes the weights instead of storing them. The bias costs more than nothing; it
+is left out, as it depends on the method.
+"""
+
+import dataclasses
+
+import torch
+
+from .op_cases import OpCase
+
+DIRECTIONS = ('forward', 'forward+backward')
+# Products of D multiply-adds a pair: q k^T and P v; then once more q k^T, and
+# dO v^T, P^T dO, dS k, dS^T q.
+_FORWARD_PRODUCTS = 2
+_BACKWARD_PRODUCTS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Counts of one call."""
+
+    pairs: int
+    exps: int
+    flops: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """What a device does at best, a second."""
+
+    exps: float
+    half_flops: float
+    single_flops: float
+    bytes: float
+
+    def flops(self, dtype: torch.dtype) -> float:
+        return self.single_flops if dtype == torch.float32 else self.half_flops
+
+
+# Published figures of the SXM modules at boost clock. Exponentials: 16 a clock and
+# multiprocessor. Single precision: three TF32 products make one of full precision.
+_H100 = Peaks(exps=3.86e12, half_flops=989e12, single_flops=165e12, bytes=3.35e12)
+PEAKS = {
+    'NVIDIA H100 80GB HBM3': _H100,
+    'NVIDIA H200': dataclasses.replace(_H100, bytes=4.8e12),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """Least times of one call by limit, in microseconds."""
+
+    exp_us: float
+    tensor_us: float
+    memory_us: float
+
+    @property
+    def us(self) -> float:
+        return max(self.exp_us, self.tensor_us, self.memory_us)
+
+    @property
+    def limit(self) -> str:
+        times = {
+            'exp': self.exp_us,
+            'tensor': self.tensor_us,
+            'memory': self.memory_us,
+        }
+        return max(times, key=times.__getitem__)
+
+
+def _bytes(case: OpCase, dtype: torch.dtype, direction: str) -> int:
+    sizes = {
+        name: torch.Size(shape).numel() * tensor_dtype.itemsize
+        for name, (shape, tensor_dtype) in case.input_specs(dtype).items()
+    }
+    inputs, out = sum(sizes.values()), sizes['q']
+    if direction == 'forward':
+        return inputs + out
+    log_sum_exp = case.batch * case.num_heads * case.num_queries * 4
+    # Forward, then backward reads the inputs, out, its gradient and the sums again,
+    # and writes the gradients of the inputs.
+    return (inputs + out + log_sum_exp) + (2 * inputs + 2 * out + log_sum_exp)
+
+
+def count_work(case: OpCase, dtype: torch.dtype, direction: str) -> Work:
+    """Counts of a call.
+
+    Raises:
+        ValueError: If ``direction`` is not one of DIRECTIONS.
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f'direction must be one of {DIRECTIONS}, got {direction!r}')
+    products, exps = _FORWARD_PRODUCTS, case.pairs
+    if direction == 'forward+backward':
+        products += _BACKWARD_PRODUCTS
+        exps *= 2
+    return Work(
+        pairs=case.pairs,
+        exps=exps,
+        flops=2 * products * case.head_dim * case.pairs,
+        bytes=_bytes(case, dtype, direction),
+    )
+
+
+def device_peaks(name: str) -> Peaks | None:
+    """Peaks of a device by its name; None for a device that is not known."""
+    return PEAKS.get(name)
+
+
+def floor_time(work: Work, dtype: torch.dtype, peaks: Peaks) -> Floor:
+    """Least times of ``work`` on a device."""
+    return Floor(
+        exp_us=work.exps / peaks.exps * 1e6,
+        tensor_us=work.flops / peaks.flops(dtype) * 1e6,
+        memory_us=work.bytes / peaks.bytes * 1e6,
+    )

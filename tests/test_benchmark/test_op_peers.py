@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from deform_gqa.benchmark import op_peers
+from deform_gqa.benchmark.errors import GateError
+from deform_gqa.benchmark.flex_peers import FlexDeformAttn, FlexNeighborhoodAttn
+from deform_gqa.benchmark.gate import Gate
+from deform_gqa.benchmark.op_cases import CASES
+
+CPU = torch.device('cpu')
+
+
+@pytest.mark.parametrize('kv_heads', ['full', 'one'])
+@pytest.mark.parametrize('backend', ['torch', 'sdpa-bias'])
+@pytest.mark.parametrize('op', CASES)
+def test_gate_passes_what_is_right(op, backend, kv_heads):
+    gate = Gate(CPU, torch.float32)
+    gate.max_pairs = 30_000
+    gate.check(CASES[op]((800, 1333), 1, 2, kv_heads), backend)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('op', CASES)
+def test_gate_in_low_precision(op, dtype):
+    gate = Gate(CPU, dtype)
+    gate.max_pairs = 30_000
+    gate.check(CASES[op]((800, 1333), 2, 1, 'half'), 'torch')
+
+
+@pytest.mark.parametrize('fault', ['scale', 'nan', 'grad'])
+def test_gate_stops_what_is_wrong(monkeypatch, fault):
+    right = op_peers.make_call
+
+    def wrong(tensors):
+        out = right(case, 'naive')(tensors)
+        if fault == 'grad':  # the right output, without its dependence on v
+            return out.detach() + (out - out.detach()) * 1.05
+        return out * (1.05 if fault == 'scale' else float('nan'))
+
+    def make_call(case, backend):
+        return wrong if backend == 'torch' else right(case, backend)
+
+    monkeypatch.setattr('deform_gqa.benchmark.gate.make_call', make_call)
+    gate = Gate(CPU, torch.float32)
+    gate.max_pairs = 30_000
+    case = gate.small_case(CASES['deform_attn']((224, 224), 3, 1, 'full'))
+    wanted = 'grad_q' if fault == 'grad' else 'out'
+    with pytest.raises(GateError, match=f'torch is wrong on deform_attn.*{wanted} is'):
+        gate.check(case, 'torch')
+
+
+@pytest.mark.parametrize(
+    ('op', 'peer'),
+    [('deform_attn', FlexDeformAttn), ('neighborhood_attn', FlexNeighborhoodAttn)],
+)
+# Uncompiled, it warns of being slow.
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
+def test_flex_peers_compute_the_same(monkeypatch, op, peer):
+    """Forward, the part that runs on a CPU, in plain torch; the gate does the rest."""
+    module = 'torch.nn.attention.flex_attention'
+    monkeypatch.setattr(f'{module}._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG', True)
+    case = CASES[op]((800, 1333), 2, 1, 'half').reduced(20_000)
+    inputs = {n: x.detach() for n, x in case.make_inputs(CPU, torch.float32).items()}
+    out = peer(case, flex_attention)(inputs)
+    wanted = op_peers.make_call(case, 'naive')(inputs)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-4)
+
+
+def test_reasons():
+    case = CASES['deform_attn']((800, 1333), 1, 1, 'full')
+    for backend, reason in (('flex', 'no backward pass on CPUs'), ('triton', '')):
+        found = op_peers.unsupported_reason(case, backend, CPU, torch.float32)
+        assert found is not None
+        assert reason in found
+    for backend in ('naive', 'torch', 'sdpa-bias'):
+        assert op_peers.unsupported_reason(case, backend, CPU, torch.float32) is None
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):
+        op_peers.make_call(case, 'cuda')
+
+
+def test_calls_that_do_not_fit_are_known_before(monkeypatch):
+    case = CASES['deform_attn']((800, 1333), 1, 1, 'full')
+    # 140 M pairs: 0.5 GiB a tensor
+    assert 2500 < op_peers.materialised_mib(case, 'naive') < 3000
+    assert op_peers.materialised_mib(case, 'torch') == 0
+    monkeypatch.setattr(op_peers, 'available_cpu_mib', lambda: 1024.0)
+    reason = op_peers.out_of_memory_reason(case, 'naive', CPU)
+    assert reason == 'needs about 2.6 GiB, 1.0 GiB are free'
+    assert op_peers.out_of_memory_reason(case, 'torch', CPU) is None
+    monkeypatch.setattr(op_peers, 'available_cpu_mib', lambda: None)
+    assert op_peers.out_of_memory_reason(case, 'naive', CPU) is None

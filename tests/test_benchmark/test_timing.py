@@ -1,0 +1,79 @@
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.utils import benchmark
+
+from deform_gqa.benchmark.timing import (
+    MAX_SAMPLES,
+    MIN_SAMPLES,
+    Sampling,
+    Timer,
+    Timing,
+    quantile,
+)
+
+CPU = torch.device('cpu')
+
+
+@pytest.mark.parametrize('q', [0, 0.2, 0.5, 0.8, 1])
+@pytest.mark.parametrize('count', [1, 2, 3, 10])
+def test_quantile_is_numpys(q, count):
+    samples = np.random.default_rng(count).exponential(size=count)
+    assert quantile(samples.tolist(), q) == pytest.approx(np.quantile(samples, q))
+
+
+@pytest.mark.parametrize(
+    ('samples', 'q', 'message'),
+    [([], 0.5, 'at least one sample'), ([1.0], 1.1, 'q must be in'), ([1.0], -1, '-1')],
+)
+def test_quantile_errors(samples, q, message):
+    with pytest.raises(ValueError, match=message):
+        quantile(samples, q)
+
+
+def test_timing_statistics():
+    timing = Timing((5.0, 1.0, 4.0, 2.0, 3.0, 6.0))
+    assert timing.samples_ms[0] == 5.0  # the order is kept
+    assert timing.median_ms == 3.5
+    assert timing.p20_ms == pytest.approx(2.0)
+    assert timing.p80_ms == pytest.approx(5.0)
+
+
+def test_sampling_count():
+    assert Sampling(repeats=7).count(100.0) == 7
+    assert Sampling(min_time_s=1.0).count(0.1) == 10
+    assert Sampling(min_time_s=1.0).count(100.0) == MIN_SAMPLES
+    assert Sampling(min_time_s=1.0).count(0.0) == MAX_SAMPLES
+
+
+@pytest.mark.parametrize(
+    ('options', 'name'),
+    [(dict(repeats=0), 'repeats'), (dict(min_time_s=0.0), 'min_time_s')],
+)
+def test_sampling_errors(options, name):
+    with pytest.raises(ValueError, match=name):
+        Sampling(**options)
+
+
+def test_timer_warms_up_and_keeps_all_samples():
+    calls = []
+    timer = Timer(CPU, Sampling(repeats=4))
+    count = timer.warm_up(lambda: calls.append(time.sleep(0.01)))
+    warm_up_calls = len(calls)
+    timing = timer.sample(lambda: calls.append(time.sleep(0.01)), count)
+    assert warm_up_calls >= 1
+    assert len(calls) - warm_up_calls == len(timing.samples_ms) == 4
+    assert min(timing.samples_ms) >= 10
+
+
+def test_timer_agrees_with_torch():
+    """Minima, which other processes disturb least."""
+    x = torch.randn(256, 256)
+    timer = Timer(CPU, Sampling(repeats=50))
+    ours_ms = min(timer.sample(lambda: x @ x, timer.warm_up(lambda: x @ x)).samples_ms)
+    threads = torch.get_num_threads()
+    torchs = benchmark.Timer('x @ x', globals={'x': x}, num_threads=threads)
+    torchs_ms = min(torchs.timeit(1).median * 1e3 for _ in range(50))
+    assert ours_ms == pytest.approx(torchs_ms, rel=0.5)

@@ -1,0 +1,54 @@
+"""Measure ops: time, memory and distance from the limits of the device.
+
+Examples:
+    python tools/benchmark.py op --quick
+    python tools/benchmark.py op deform_attn --sizes 800x1333 --stages 1 --threads 1 \\
+        --backends naive torch --out work_dirs/benchmark
+
+``python tools/benchmark.py SUITE --help`` lists the options of a suite.
+tools/benchmark_results/README.md says how to read what comes out.
+"""
+
+import argparse
+import importlib
+import shlex
+import sys
+from collections.abc import Sequence
+
+from deform_gqa.benchmark.errors import GateError, OptionError
+
+# Modules with DESCRIPTION, add_arguments(parser) and run(args, command); each is
+# imported only when it is named, so that a suite needs its own packages alone.
+SUITES = {'op': 'deform_gqa.benchmark.op_suite'}
+EXIT_WRONG_RESULTS = 1
+EXIT_BAD_OPTION = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one suite; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog='benchmark.py',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('suite', choices=SUITES)
+    suite = importlib.import_module(SUITES[parser.parse_args(argv[:1]).suite])
+    parser = argparse.ArgumentParser(
+        prog=f'benchmark.py {argv[0]}', description=suite.DESCRIPTION
+    )
+    suite.add_arguments(parser)
+    args = parser.parse_args(argv[1:])
+    try:
+        suite.run(args, shlex.join(['python', 'tools/benchmark.py', *argv]))
+    except OptionError as error:
+        print(f'{parser.prog}: error: {error}', file=sys.stderr)
+        return EXIT_BAD_OPTION
+    except GateError as error:
+        print(f'{parser.prog}: nothing reported: {error}', file=sys.stderr)
+        return EXIT_WRONG_RESULTS
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

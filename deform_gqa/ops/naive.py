@@ -1,8 +1,8 @@
 """Reference definitions in plain differentiable torch: clarity over speed.
 
 Every other backend is tested against these functions. They are the official
-formulations (materialised bias, materialised neighborhoods), so they are also
-what the benchmarks call "eager".
+formulations, expression by expression (materialised bias, materialised neighborhoods),
+so they are also what the benchmarks call "eager".
 
 Notation, the same in every op, kernel and test of this package::
 
@@ -63,7 +63,7 @@ def interpolated_bias(
     table = rpb_table.to(pos.dtype).reshape(1, groups, -1, *rpb_table.shape[1:])
     bias = F.grid_sample(
         table.expand(batch, -1, -1, -1, -1).flatten(0, 1),
-        displacement.flip(-1),  # (y, x) -> (x, y)
+        displacement[..., (1, 0)],  # (y, x) -> (x, y)
         mode='bilinear',
         padding_mode='zeros',
         align_corners=True,

@@ -3,7 +3,9 @@
 Bilinear interpolation is separable: for one key s the bias of a tile of query rows
 and columns is ``A_s T_s C_s^T``, where T_s is the window of the table that the tile
 can reach and A_s, C_s hold the two tap weights of each row and column. The windows
-are small because a tile spans few table cells, so the products cost little.
+are small because a tile spans few table cells, so the products cost little. The last
+one of the forward, whose result has the size of the tile, is an embedding bag: it
+reads the two rows that count instead of multiplying all of them.
 """
 
 import dataclasses
@@ -13,123 +15,148 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .tile_attention import LN2, LOG2E
+
 
 def pad_table(rpb_table: Tensor, dtype: torch.dtype) -> Tensor:
-    """(Hq, Th, Tw) -> (Hq, Th + 2, Tw + 2): the zeros read outside the table."""
-    return F.pad(rpb_table.to(dtype), (1, 1, 1, 1))
+    """(Hq, Th, Tw) -> (Hq, Th + 2, Tw + 2) times LOG2E: zeros are read outside it."""
+    return F.pad(rpb_table.to(dtype) * LOG2E, (1, 1, 1, 1))
 
 
 @dataclasses.dataclass
 class AxisTaps:
     """Where the queries of a tile read the padded table along one axis.
 
+    X counts pairs of batch and head.
+
     Attributes:
         start: (X, S) first table index of each key's window, int64.
-        weights: (X, S, n, m) tap weights of n queries over the m window cells.
-        slopes: (X, S, n, m) their derivative by the key's position.
+        size: Number m of cells in a window.
+        lower: (X, S, n) lower tap of each of n queries, from the window's start; the
+            upper tap is the next cell.
+        weights: (X, S, n, m) tap weights.
+        with_slopes: (X, S, n, 2 m), the weights and beside them their derivatives by
+            the key's position; None if they were not asked for.
     """
 
     start: Tensor
+    size: int
+    lower: Tensor
     weights: Tensor
-    slopes: Tensor | None
+    with_slopes: Tensor | None
+
+    def bags(self) -> tuple[Tensor, Tensor]:
+        """Rows and weights of the two taps of each query, both (X S n, 2).
+
+        They index the (X S m, ...) rows of a matrix that has a row for each cell.
+        """
+        taps = torch.stack([self.lower, self.lower + 1], dim=-1)
+        first = torch.arange(self.start.numel(), device=taps.device) * self.size
+        rows = taps + first.view(*self.start.shape, 1, 1)
+        return rows.view(-1, 2), self.weights.gather(-1, taps).view(-1, 2)
 
 
 def axis_taps(
-    pos: Tensor,
-    first: int,
-    count: int,
-    size: int,
-    table_size: int,
-    with_slopes: bool,
+    pos: Tensor, span: slice, size: int, table_size: int, with_slopes: bool
 ) -> AxisTaps:
-    """Taps of the queries first .. first + count of an axis of ``size`` queries.
+    """Taps of some queries of an axis that has ``size`` queries.
 
     Args:
         pos: (X, S) key positions along the axis in [-1, 1] (others are allowed).
+        span: The n queries.
         table_size: Length of the unpadded table along the axis.
-        with_slopes: Whether to compute the derivative too.
+        with_slopes: Whether to compute the derivatives too.
     """
     half = (table_size - 1) / 2
     if size == 1:
-        query = pos.new_full((count,), half / 2)
+        query = pos.new_full((1,), half / 2)
     else:
-        index = torch.arange(first, first + count, dtype=pos.dtype, device=pos.device)
+        index = torch.arange(span.start, span.stop, dtype=pos.dtype, device=pos.device)
         query = index * (half / (size - 1))
     t = query + (half / 2 * (1 - pos)).unsqueeze(-1)
     # One cell of zeros lies before and behind the table; farther out all is zero.
     tap = (t + 1).clamp(0, table_size + 1)
-    step = half / max(size - 1, 1)
-    window = min(math.floor(step * (count - 1)) + 3, table_size + 2)
+    reach = math.floor(table_step(size, table_size) * (span.stop - span.start - 1))
+    window = min(reach + 3, table_size + 2)
     start = tap[..., 0].floor().clamp(max=table_size + 2 - window)
     tap = (tap - start.unsqueeze(-1)).unsqueeze(-1)
+    lower = tap.floor().clamp_(max=window - 2)
     cells = torch.arange(window, dtype=pos.dtype, device=pos.device)
-    distance = tap - cells
-    slopes = None
+    weights = (tap - cells).abs_().neg_().add_(1).clamp_(min=0)
+    taps = AxisTaps(start.long(), window, lower[..., 0].long(), weights, None)
     if with_slopes:
         # +1 on the upper tap, -1 on the lower one, none where t is clamped
-        cell = tap.floor()
-        slopes = (cells == cell + 1).to(pos.dtype) - (cells == cell).to(pos.dtype)
+        upper = cells - lower
+        slopes = (upper == 1).to(pos.dtype).sub_((upper == 0).to(pos.dtype))
         inside = ((t >= -1) & (t < table_size)).unsqueeze(-1)
         slopes.mul_(inside * (-half / 2))
-    weights = distance.abs_().neg_().add_(1).clamp_(min=0)
-    return AxisTaps(start.long(), weights, slopes)
+        taps.with_slopes = torch.cat([weights, slopes], dim=-1)
+    return taps
+
+
+def table_step(size: int, table_size: int) -> float:
+    """Table cells from one query to the next along an axis of ``size`` queries."""
+    return (table_size - 1) / 2 / max(size - 1, 1)
 
 
 class TileBias:
-    """Bias of one tile for some (batch, offset group) pairs, and its gradients.
+    """Bias of one tile for some (batch, head) pairs, and its gradients.
 
-    Shapes: X pairs, h heads a pair, S keys, r query rows, c query columns.
+    Shapes: X pairs, S keys, r query rows, c query columns.
 
     Args:
-        table: (Hq, Th + 2, Tw + 2) padded table.
-        heads: (X, h) table index of each head, int64.
+        table: (Hq, Th + 2, Tw + 2) from :func:`pad_table`.
+        heads: (X,) head of each pair, int64.
         rows: Taps of the tile's query rows.
+        row_bags: ``rows.bags()``.
         cols: Taps of its columns.
     """
 
-    def __init__(self, table: Tensor, heads: Tensor, rows: AxisTaps, cols: AxisTaps):
-        self.rows, self.cols = rows, cols
+    def __init__(
+        self,
+        table: Tensor,
+        heads: Tensor,
+        rows: AxisTaps,
+        row_bags: tuple[Tensor, Tensor],
+        cols: AxisTaps,
+    ):
+        self.rows, self.row_bags, self.cols = rows, row_bags, cols
         table_h, table_w = table.shape[1:]
-        num_rows, num_cols = rows.weights.shape[-1], cols.weights.shape[-1]
-        corner = rows.start * table_w + cols.start
-        cell = torch.arange(num_rows, device=table.device)[
-            :, None
-        ] * table_w + torch.arange(num_cols, device=table.device)
-        # (X, S, h, my, mx) flat indices into the table
-        self.index = (
-            (heads * (table_h * table_w))[:, None, :, None, None]
-            + corner[:, :, None, None, None]
-            + cell
+        row = torch.arange(rows.size, device=table.device) * table_w
+        cell = row[:, None] + torch.arange(cols.size, device=table.device)
+        corner = heads[:, None] * (table_h * table_w) + (
+            rows.start * table_w + cols.start
         )
+        # (X, S, my, mx): flat indices into the table, and what stands there
+        self.index = corner[..., None, None] + cell
         self.window = table.reshape(-1)[self.index]
-        # (X, S, h * my, mx) (X, S, mx, c) -> (X, h, S, my, c)
-        along_x = self.window.flatten(2, 3) @ cols.weights.transpose(2, 3)
-        along_x = along_x.unflatten(2, self.window.shape[2:4])
-        self.along_x = along_x.transpose(1, 2).contiguous()
+        self.along_x = self.window @ cols.weights.transpose(2, 3)  # (X, S, my, c)
 
     def value(self) -> Tensor:
-        """(X * h, S, r * c)."""
-        bias = self.rows.weights.unsqueeze(1) @ self.along_x
-        return bias.flatten(3, 4).flatten(0, 1)
+        """(X, S, r * c) in units of ln 2."""
+        rows, weights = self.row_bags
+        cells = self.along_x.flatten(0, 2)
+        bias = F.embedding_bag(rows, cells, per_sample_weights=weights, mode='sum')
+        return bias.view(*self.rows.start.shape, -1)
 
     def backward(self, grad: Tensor, table_grad: Tensor) -> tuple[Tensor, Tensor]:
         """Adds to ``table_grad`` (Hq * (Th + 2) * (Tw + 2),) in place.
 
+        Taps must have slopes: one product gives the gradient of the table's cells and,
+        beside it, what summed up with the cells is that of the position.
+
         Args:
-            grad: (X * h, S, r * c) gradient of the bias.
+            grad: (X, S, r * c) gradient of the bias in natural units.
 
         Returns:
             Gradients of the key positions along y and x, each (X, S).
         """
-        pairs, heads, keys, _, num_cols = self.along_x.shape
-        grad = grad.view(pairs, heads, keys, -1, num_cols)
-        grad_rows = (grad @ self.along_x.transpose(3, 4)).sum(1)
-        grad_y = (grad_rows * self.rows.slopes).sum((2, 3))
-        # (X, h, S, my, c) -> (X, S, h * my, c)
-        grad_along_x = self.rows.weights.unsqueeze(1).transpose(3, 4) @ grad
-        grad_along_x = grad_along_x.transpose(1, 2).flatten(2, 3)
-        grad_cols = grad_along_x.transpose(2, 3) @ self.window.flatten(2, 3)
-        grad_x = (grad_cols * self.cols.slopes).sum((2, 3))
-        grad_window = grad_along_x @ self.cols.weights
+        grad = grad.unflatten(2, (-1, self.along_x.shape[3]))
+        grad_rows = self.rows.with_slopes.transpose(2, 3) @ grad
+        grad_along_x, slope_y = grad_rows.split(self.rows.size, dim=2)
+        grad_cells = grad_along_x @ self.cols.with_slopes
+        grad_window, slope_x = grad_cells.split(self.cols.size, dim=3)
         table_grad.index_add_(0, self.index.flatten(), grad_window.flatten())
-        return grad_y, grad_x
+        grad_y = (slope_y * self.along_x).sum((2, 3))
+        grad_x = (slope_x * self.window).sum((2, 3))
+        return grad_y.mul_(LN2), grad_x.mul_(LN2)

@@ -1,108 +1,122 @@
 """deform_attn in tiles of queries: definition in ``ops/functional.py``."""
 
+import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..naive import repeat_kv
-from .bias import TileBias, axis_taps, pad_table
-from .tile_attention import attend_tile, attend_tile_backward, dropout_scale
+from .bias import (
+    AxisTaps,
+    TileBias,
+    axis_taps,
+    pad_table,
+    table_step,
+)
+from .tile_attention import (
+    attend_tile,
+    attend_tile_backward,
+    dropout_scale,
+    with_lse,
+    with_ones,
+    with_row_sums,
+)
 
-# Queries of a tile, and how many (query, key, head) weights exist at a time. Both
-# were chosen by measuring: weights should stay in the cache of a core.
-TILE_ROWS, TILE_COLS = 16, 64
-MAX_WEIGHTS = 2**21
+# Queries of a tile, and how many (query, key) weights exist at a time. Both were chosen
+# by measuring: weights should stay in the cache of a core.
+TILE_ROWS, TILE_COLS = 20, 24
+MAX_WEIGHTS = 2**19
+# A tile has fewer columns where queries are far apart in the table, as the work of the
+# bias grows with the cells that the tile spans.
+TILE_CELLS, MIN_TILE_COLS = 12, 16
 
 
-def _tile_shape(grid_size: tuple[int, int], weights_per_query: int) -> tuple[int, int]:
-    """(rows, columns) of a tile; fewer rows, then columns, where keys are many."""
-    rows, cols = min(TILE_ROWS, grid_size[0]), min(TILE_COLS, grid_size[1])
-    most = max(1, MAX_WEIGHTS // weights_per_query)
-    cols = min(cols, most)
-    return max(1, min(rows, most // cols)), cols
+def _spans(size: int, most: int) -> list[slice]:
+    """Cuts an axis into parts of nearly equal length, at most ``most`` each."""
+    parts = -(-size // most)
+    ends = [size * i // parts for i in range(parts + 1)]
+    return [slice(*span) for span in itertools.pairwise(ends)]
+
+
+@dataclasses.dataclass
+class _Tile:
+    """Some (batch, head) pairs and a rectangle of queries."""
+
+    number: int
+    pairs: slice
+    rows: slice
+    cols: slice
+    bias: TileBias
 
 
 class _Problem:
-    """The call with heads sorted by (batch, offset group), cut into tiles.
+    """The call as B * Hq attentions of one head, cut into tiles.
 
-    X pairs of batch and offset group lead every tensor, h = Hq / G heads follow.
+    X pairs of batch and head lead every tensor.
     """
 
     def __init__(self, q, k, v, pos, rpb_table, grid_size):
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        batch, self.num_heads = q.shape[:2]
-        self.groups = pos.shape[1]
+        self.num_heads = q.shape[1]
         self.grid_size = grid_size
-        self.heads = self.num_heads // self.groups
-        self.pairs = batch * self.groups
-        self.q = self.by_pair(q)
-        self.k = self.by_pair(repeat_kv(k, self.num_heads)).to(self.dtype)
-        self.v = self.by_pair(repeat_kv(v, self.num_heads)).to(self.dtype)
-        self.pos = pos.reshape(self.pairs, -1, 2)
+        self.k, self.v = (
+            repeat_kv(t, self.num_heads).flatten(0, 1).to(self.dtype) for t in (k, v)
+        )
+        self.pos = repeat_kv(pos, self.num_heads).flatten(0, 1)
         self.table = pad_table(rpb_table, self.dtype)
         self.table_size = rpb_table.shape[1:]
 
-    def by_pair(self, x: Tensor) -> Tensor:
-        """(B, Hq, ...) -> (B * G, h, ...)."""
-        return x.reshape(self.pairs, self.heads, *x.shape[2:])
-
     def as_map(self, x: Tensor) -> Tensor:
-        """(X, h, N, ...) -> (X, h, H, W, ...), a view."""
-        return x.unflatten(2, self.grid_size)
+        """(B, Hq, N, ...) -> (B * Hq, H, W, ...)."""
+        return x.flatten(0, 1).unflatten(1, self.grid_size)
 
-    def tiles(self) -> Iterator[tuple[int, tuple[slice, slice, slice]]]:
-        """(number, (pairs, rows, columns)) of each tile."""
-        per_pair = self.heads * self.k.shape[2]
-        rows, cols = _tile_shape(self.grid_size, per_pair)
-        pairs = max(1, MAX_WEIGHTS // (per_pair * rows * cols))
-        number = 0
-        for p in range(0, self.pairs, pairs):
-            for y in range(0, self.grid_size[0], rows):
-                for x in range(0, self.grid_size[1], cols):
-                    yield (
-                        number,
-                        (
-                            slice(p, min(p + pairs, self.pairs)),
-                            slice(y, min(y + rows, self.grid_size[0])),
-                            slice(x, min(x + cols, self.grid_size[1])),
-                        ),
-                    )
-                    number += 1
+    def _tile_shape(self) -> tuple[int, int, int]:
+        """(pairs, rows, columns) of a tile; few where there are many keys."""
+        most = max(1, MAX_WEIGHTS // self.k.shape[1])
+        step = table_step(self.grid_size[1], self.table_size[1])
+        wanted = int(TILE_CELLS / step) if step else TILE_COLS
+        cols = min(max(wanted, MIN_TILE_COLS), TILE_COLS, most, self.grid_size[1])
+        rows = max(1, min(TILE_ROWS, most // cols, self.grid_size[0]))
+        return max(1, most // (rows * cols)), rows, cols
 
-    def bias(self, tile: tuple[slice, slice, slice], with_slopes: bool) -> TileBias:
-        pairs, *spans = tile
-        taps = [
-            axis_taps(
-                self.pos[pairs, :, axis],
-                span.start,
-                span.stop - span.start,
-                self.grid_size[axis],
-                self.table_size[axis],
-                with_slopes,
-            )
-            for axis, span in enumerate(spans)
-        ]
-        pair = torch.arange(pairs.start, pairs.stop, device=self.pos.device)
-        head = torch.arange(self.heads, device=self.pos.device)
-        heads = (pair % self.groups)[:, None] * self.heads + head
-        return TileBias(self.table, heads, *taps)
+    def tiles(self, with_slopes: bool) -> Iterator[_Tile]:
+        """All tiles; those of the same rows or columns share the taps."""
+        num_pairs, num_rows, num_cols = self._tile_shape()
+        row_spans = _spans(self.grid_size[0], num_rows)
+        number = itertools.count()
+        for pairs in _spans(self.pos.shape[0], num_pairs):
+            pair = torch.arange(pairs.start, pairs.stop, device=self.pos.device)
+            heads = pair % self.num_heads
+            row_taps = [self._taps(0, pairs, rows, with_slopes) for rows in row_spans]
+            row_bags = [taps.bags() for taps in row_taps]
+            for cols in _spans(self.grid_size[1], num_cols):
+                col_taps = self._taps(1, pairs, cols, with_slopes)
+                for rows, taps, bags in zip(row_spans, row_taps, row_bags, strict=True):
+                    bias = TileBias(self.table, heads, taps, bags, col_taps)
+                    yield _Tile(next(number), pairs, rows, cols, bias)
 
-    def cut(self, x: Tensor, tile: tuple[slice, slice, slice]) -> Tensor:
-        """The tile of a map (X, h, H, W, ...) -> (x * h, r * c, ...)."""
-        pairs, rows, cols = tile
-        part = x[pairs, :, rows, cols].to(self.dtype)
-        return part.flatten(2, 3).flatten(0, 1)
+    def _taps(
+        self, axis: int, pairs: slice, span: slice, with_slopes: bool
+    ) -> AxisTaps:
+        return axis_taps(
+            self.pos[pairs, :, axis],
+            span,
+            self.grid_size[axis],
+            self.table_size[axis],
+            with_slopes,
+        )
 
-    def paste(self, x: Tensor, tile: tuple[slice, slice, slice], part: Tensor) -> None:
-        """Inverse of :meth:`cut`."""
-        pairs, rows, cols = tile
-        target = x[pairs, :, rows, cols]
-        target.copy_(part.reshape(target.shape))
+    def cut(self, x: Tensor, tile: _Tile) -> Tensor:
+        """The tile of a map (X, H, W, ...) -> (x, r * c, ...)."""
+        return x[tile.pairs, tile.rows, tile.cols].to(self.dtype).flatten(1, 2)
 
-    def keys(self, x: Tensor, tile: tuple[slice, slice, slice]) -> Tensor:
-        """(X, h, S, D) -> (x * h, S, D)."""
-        return x[tile[0]].flatten(0, 1)
+
+def _paste(x: Tensor, tile: _Tile, part: Tensor) -> None:
+    """Inverse of :meth:`_Problem.cut`."""
+    target = x[tile.pairs, tile.rows, tile.cols]
+    target.copy_(part.reshape(target.shape))
 
 
 def deform_attn_forward(
@@ -124,22 +138,20 @@ def deform_attn_forward(
         return out, q.new_empty(q.shape[:3], dtype=torch.float32)
     problem = _Problem(q, k, v, pos, rpb_table, grid_size)
     lse = torch.empty(q.shape[:3], dtype=problem.dtype, device=q.device)
-    q_map, out_map, lse_map = (
-        problem.as_map(problem.by_pair(t)) for t in (q, out, lse)
-    )
-    for number, tile in problem.tiles():
-        bias = problem.bias(tile, with_slopes=False).value()
-        drop = dropout_scale(bias.shape, dropout_p, seed + number, bias)
+    q_map, out_map, lse_map = (problem.as_map(t) for t in (q, out, lse))
+    for tile in problem.tiles(with_slopes=False):
+        bias = tile.bias.value()
+        drop = dropout_scale(bias.shape, dropout_p, seed + tile.number, bias)
         tile_out, tile_lse = attend_tile(
             problem.cut(q_map, tile),
-            problem.keys(problem.k, tile),
-            problem.keys(problem.v, tile),
+            problem.k[tile.pairs],
+            problem.v[tile.pairs],
             bias,
             scale,
             drop,
         )
-        problem.paste(out_map, tile, tile_out)
-        problem.paste(lse_map, tile, tile_lse)
+        _paste(out_map, tile, tile_out)
+        _paste(lse_map, tile, tile_lse)
     return out, lse
 
 
@@ -164,40 +176,42 @@ def deform_attn_backward(
     if q.numel() == 0:
         return grad_q, *(torch.zeros_like(t) for t in (k, v, pos, rpb_table))
     problem = _Problem(q, k, v, pos, rpb_table, grid_size)
-    grad_k, grad_v = torch.zeros_like(problem.k), torch.zeros_like(problem.v)
-    grad_pos = problem.pos.new_zeros(problem.pos.shape)
-    grad_table = torch.zeros_like(problem.table)
-    maps = [problem.as_map(problem.by_pair(t)) for t in (grad_out, out, lse, q, grad_q)]
-    for number, tile in problem.tiles():
-        tile_bias = problem.bias(tile, with_slopes=True)
-        bias = tile_bias.value()
-        drop = dropout_scale(bias.shape, dropout_p, seed + number, bias)
+    dtype = problem.dtype
+    q_map = problem.as_map(with_lse(q.to(dtype), lse, scale))
+    grad_out_map = problem.as_map(with_row_sums(grad_out.to(dtype), out.to(dtype)))
+    grad_q_map = problem.as_map(grad_q)
+    k_ones, v_ones = with_ones(problem.k), with_ones(problem.v)
+    grad_k, grad_v, grad_pos, grad_table = (
+        torch.zeros_like(t) for t in (problem.k, problem.v, problem.pos, problem.table)
+    )
+    for tile in problem.tiles(with_slopes=True):
+        bias = tile.bias.value()
+        drop = dropout_scale(bias.shape, dropout_p, seed + tile.number, bias)
         tile_grad_q, tile_grad_k, tile_grad_v, grad_bias = attend_tile_backward(
-            *(problem.cut(m, tile) for m in maps[:4]),
-            problem.keys(problem.k, tile),
-            problem.keys(problem.v, tile),
+            problem.cut(q_map, tile),
+            problem.cut(grad_out_map, tile),
+            k_ones[tile.pairs],
+            v_ones[tile.pairs],
             bias,
             scale,
             drop,
         )
-        problem.paste(maps[4], tile, tile_grad_q)
-        pairs = tile[0]
-        grad_k[pairs] += tile_grad_k.view_as(grad_k[pairs])
-        grad_v[pairs] += tile_grad_v.view_as(grad_v[pairs])
-        grad_y, grad_x = tile_bias.backward(grad_bias, grad_table.view(-1))
-        grad_pos[pairs, :, 0] += grad_y
-        grad_pos[pairs, :, 1] += grad_x
+        _paste(grad_q_map, tile, tile_grad_q)
+        grad_k[tile.pairs] += tile_grad_k
+        grad_v[tile.pairs] += tile_grad_v
+        grad_y, grad_x = tile.bias.backward(grad_bias, grad_table.view(-1))
+        grad_pos[tile.pairs, :, 0] += grad_y
+        grad_pos[tile.pairs, :, 1] += grad_x
     return (
         grad_q,
-        _sum_groups(grad_k, k),
-        _sum_groups(grad_v, v),
-        grad_pos.reshape(pos.shape),
+        _sum_heads(grad_k, k),
+        _sum_heads(grad_v, v),
+        _sum_heads(grad_pos, pos),
         grad_table[:, 1:-1, 1:-1].to(rpb_table.dtype).contiguous(),
     )
 
 
-def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
-    """(B * G, h, S, D) -> (B, Hkv, S, D): sums the query heads of a kv head."""
-    batch, num_kv_heads, num_keys, head_dim = like.shape
-    grad = grad.view(batch, num_kv_heads, -1, num_keys, head_dim)
+def _sum_heads(grad: Tensor, like: Tensor) -> Tensor:
+    """(B * Hq, S, ...) -> the shape of ``like``: sums the query heads that share it."""
+    grad = grad.view(*like.shape[:2], -1, *like.shape[2:])
     return grad.sum(2).to(like.dtype)

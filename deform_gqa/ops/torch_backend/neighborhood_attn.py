@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from .neighborhood_map import Chunk, TiledMap
-from .tile_attention import attend_tile, attend_tile_backward, dropout_scale
+from .tile_attention import (
+    attend_tile,
+    attend_tile_backward,
+    dropout_scale,
+    with_lse,
+    with_ones,
+    with_row_sums,
+)
 
 
 def _sub_maps(grid_size: tuple[int, int], dilation: int, *tensors: Tensor):
@@ -120,14 +127,15 @@ def _backward_chunk(
     q_map, k_map, v_map, grad_out_map, out_map, lse_map, dq_map, _, _ = maps
     bias = tiled.bias_tiles(chunk)
     drop = dropout_scale(bias.shape, dropout_p, chunk.seed, bias)
+    # Queries outside the map get weights of exp(-inf).
+    lse = tiled.query_tiles(lse_map, chunk, fill=torch.inf).squeeze(-1)
     tile_dq, tile_dk, tile_dv, tile_dbias = attend_tile_backward(
-        tiled.query_tiles(grad_out_map, chunk),
-        tiled.query_tiles(out_map, chunk),
-        # Queries outside the map get weights of exp(-inf).
-        tiled.query_tiles(lse_map, chunk, fill=torch.inf).squeeze(-1),
-        tiled.query_tiles(q_map, chunk),
-        tiled.key_tiles(k_map, chunk),
-        tiled.key_tiles(v_map, chunk),
+        with_lse(tiled.query_tiles(q_map, chunk), lse, scale),
+        with_row_sums(
+            tiled.query_tiles(grad_out_map, chunk), tiled.query_tiles(out_map, chunk)
+        ),
+        with_ones(tiled.key_tiles(k_map, chunk)),
+        with_ones(tiled.key_tiles(v_map, chunk)),
         bias,
         scale,
         drop,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..naive import window_start
+from .tile_attention import LOG2E
 
 # Sides of a tile of queries. Measured on a CPU for K = 3, 7 and 13: small tiles waste
 # fewer masked keys, large ones make better matrix products.
@@ -179,7 +180,7 @@ def bias_table(
         bias = like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         bias = bias[None, None].expand(1, groups, *hidden.shape)
     else:
-        bias = rpb.to(like.dtype)[:, rows.clamp(min=0), cols.clamp(min=0)]
+        bias = (rpb.to(like.dtype) * LOG2E)[:, rows.clamp(min=0), cols.clamp(min=0)]
         bias = bias.masked_fill_(hidden, -torch.inf).unflatten(0, (-1, groups))
     bias = bias.movedim(1, 5)  # the query heads of a group stand beside the queries
     return bias.flatten(5).flatten(3, 4).flatten(1, 2).contiguous()

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import mmcv
+import numpy as np
 import pytest
 import torch
-from mmdet.registry import MODELS, TRANSFORMS
+from mmcv.transforms import Compose
+from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -31,13 +34,22 @@ def num_classes(model) -> int:
     return head.num_classes
 
 
+def run_pipelines(cfg, tmp_path):
+    """On an image without objects; detectors need the scale to map boxes back."""
+    image = tmp_path / 'image.png'
+    mmcv.imwrite(np.zeros((60, 80, 3), dtype=np.uint8), str(image))
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        info = dict(img_path=str(image), img_id=0, height=60, width=80, instances=[])
+        sample = Compose(cfg[loader].dataset.pipeline)(info)['data_samples']
+        assert sample.ori_shape == (60, 80)
+        assert len(sample.scale_factor) == 2
+
+
 @pytest.mark.parametrize('path', CONFIGS)
-def test_config(path):
+def test_config(path, tmp_path):
     cfg = Config.fromfile(ROOT / path)
     model = MODELS.build(cfg.model)
-    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        for transform in cfg[loader].dataset.pipeline:
-            TRANSFORMS.build(transform)
+    run_pipelines(cfg, tmp_path)
     optim = build_optim_wrapper(model, cfg.optim_wrapper)
 
     inputs = demo_mm_inputs(

@@ -38,8 +38,8 @@ train_dataloader = dict(
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
-        ann_file='annotations/train.json',
-        data_prefix=dict(img='images/train/'),
+        ann_file='train.json',
+        data_prefix=dict(img='images/'),
         metainfo=metainfo,
         pipeline=train_pipeline,
     ),
@@ -53,8 +53,8 @@ val_dataloader = dict(
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
-        ann_file='annotations/val.json',
-        data_prefix=dict(img='images/val/'),
+        ann_file='val.json',
+        data_prefix=dict(img='images/'),
         metainfo=metainfo,
         test_mode=True,
         pipeline=test_pipeline,
@@ -63,7 +63,7 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(
     type='CocoMetric',
-    ann_file=data_root + 'annotations/val.json',
+    ann_file=data_root + 'val.json',
     metric=['bbox', 'segm'],
 )
 test_evaluator = val_evaluator

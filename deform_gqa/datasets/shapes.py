@@ -45,11 +45,11 @@ SPLITS = ('train', 'val')
 METADATA_FILE = 'shapes.json'
 
 # Raise it with every change that alters a byte of the output.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 
 # Square root of a shape's whole area, in pixels, and how often a range is drawn. The
 # bounds lie a little inside those of COCO (32 and 96), as occlusion takes area away.
-SIZE_RANGES = ((10.0, 31.0, 0.4), (34.0, 94.0, 0.38), (102.0, math.inf, 0.22))
+SIZE_RANGES = ((16.0, 31.0, 0.4), (34.0, 94.0, 0.38), (102.0, math.inf, 0.22))
 MAX_SIZE_SHARE = 0.66  # of the shorter image side
 MIN_IMAGE_SIZE = 32
 MAX_ASPECT_RATIO = 1.5
@@ -76,7 +76,7 @@ class ShapesConfig:
         ValueError: if a value is out of range.
     """
 
-    num_train: int = 400
+    num_train: int = 1000
     num_val: int = 80
     image_size: tuple[int, int] = (192, 192)
     seed: int = 0

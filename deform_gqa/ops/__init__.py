@@ -2,11 +2,13 @@
 
 from .backends import unsupported_reason
 from .functional import deform_attn, deform_sample, neighborhood_attn
+from .functional_sdpa import deform_sdpa
 from .gqa import scaled_dot_product_gqa
 
 __all__ = [
     'deform_attn',
     'deform_sample',
+    'deform_sdpa',
     'neighborhood_attn',
     'scaled_dot_product_gqa',
     'unsupported_reason',

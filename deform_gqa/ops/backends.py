@@ -11,7 +11,7 @@ logger = logging.getLogger('deform_gqa')
 
 BACKENDS = ('auto', 'naive', 'torch', 'triton')
 # Ops that have a Triton kernel.
-TRITON_OPS: frozenset[str] = frozenset()
+TRITON_OPS = frozenset({'deform_attn', 'deform_sample', 'deform_sdpa'})
 TRITON_HEAD_DIMS = range(8, 257)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -138,6 +138,42 @@ deform_attn_op.register_autograd(
 )
 
 
+# The torch backend of deform_sample is differentiable torch code and needs no op.
+@custom_op('deform_gqa::deform_sample', mutates_args=())
+def deform_sample_op(x: Tensor, pos: Tensor) -> Tensor:
+    return _run('triton', 'deform_sample_forward', x, pos)
+
+
+@deform_sample_op.register_fake
+def _(x, pos):
+    return x.new_empty((x.shape[0], x.shape[1], pos.shape[2]))
+
+
+@custom_op('deform_gqa::deform_sample_backward', mutates_args=())
+def deform_sample_backward_op(
+    grad_out: Tensor, x: Tensor, pos: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _run('triton', 'deform_sample_backward', grad_out, x, pos)
+
+
+@deform_sample_backward_op.register_fake
+def _(grad_out, x, pos):
+    return torch.empty_like(x), _contiguous_like(pos)
+
+
+def _deform_sample_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _deform_sample_autograd(ctx, grad_out):
+    return deform_sample_backward_op(grad_out, *ctx.saved_tensors)
+
+
+deform_sample_op.register_autograd(
+    _deform_sample_autograd, setup_context=_deform_sample_setup
+)
+
+
 @custom_op('deform_gqa::neighborhood_attn', mutates_args=())
 def neighborhood_attn_op(
     q: Tensor,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import checks, naive, torch_backend
 from .backends import choose_backend
-from .custom_ops import deform_attn_op, neighborhood_attn_op
+from .custom_ops import deform_attn_op, deform_sample_op, neighborhood_attn_op
 
 
 def deform_attn(
@@ -138,6 +138,8 @@ def deform_sample(x: Tensor, pos: Tensor, *, backend: str = 'auto') -> Tensor:
     backend = choose_backend('deform_sample', backend, device=x.device, dtype=x.dtype)
     if backend == 'naive':
         return naive.deform_sample(x, pos)
+    if backend == 'triton':
+        return deform_sample_op(x, pos)
     return torch_backend.deform_sample(x, pos)
 
 

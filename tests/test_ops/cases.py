@@ -1,9 +1,8 @@
-"""Drawn inputs shared by the op tests."""
+"""Inputs shared by the op tests; needs nothing but torch."""
 
 import dataclasses
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 
@@ -44,34 +43,6 @@ class DeformAttnCase:
         pos = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
         pos = (pos * self.reach).to(pos_dtype).requires_grad_()
         return [q, k, v, pos, draw(self.heads, *self.table_size, dtype=pos_dtype)]
-
-
-@st.composite
-def deform_attn_cases(draw, max_side: int = 19) -> DeformAttnCase:
-    groups = draw(st.integers(1, 3))
-    heads = groups * draw(st.integers(1, 4))
-    divisors = [h for h in range(1, heads + 1) if heads % h == 0]
-    height, width = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
-    table_size = draw(
-        st.one_of(
-            st.none(),
-            st.just((2 * height - 1, 2 * width - 1)),
-            st.tuples(st.integers(1, 30), st.integers(1, 30)),
-        )
-    )
-    return DeformAttnCase(
-        batch=draw(st.integers(1, 3)),
-        heads=heads,
-        kv_heads=draw(st.sampled_from(divisors)),
-        groups=groups,
-        grid_size=(height, width),
-        keys=draw(st.integers(1, 40)),
-        head_dim=draw(st.sampled_from([5, 8, 16, 24, 40])),
-        table_size=table_size,
-        reach=draw(st.sampled_from([0.9, 1.0, 1.7, 4.0])),
-        strided=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**16)),
-    )
 
 
 def output_and_gradients(op, inputs: list[Tensor | None]) -> list[Tensor]:

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 import torch
-from cases import DeformAttnCase, deform_attn_cases, output_and_gradients
+from cases import DeformAttnCase, output_and_gradients
+from drawn_cases import deform_attn_cases
 from hypothesis import given, settings
 from torch.testing import assert_close
 

@@ -41,7 +41,10 @@ def position_bias(config):
     return 'table'
 
 
-@pytest.mark.parametrize('backend', ['naive', 'torch'])
+INTERPRETED = pytest.param('triton', marks=pytest.mark.interpret)
+
+
+@pytest.mark.parametrize('backend', ['naive', 'torch', INTERPRETED])
 @pytest.mark.parametrize('name', DEFORMABLE)
 def test_deformable(name, backend):
     config, arrays = load_golden(f'dat_attn_{name}')

@@ -1,0 +1,192 @@
+"""Backward of deform_attn: launches its two kernels and adds their partial results."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .deform_attn_bwd_kv import deform_attn_dkdv_kernel
+from .deform_attn_bwd_q import deform_attn_dq_kernel
+from .device import on_device_of_first_tensor
+from .fixed_point import fixed_point_unit
+from .patches import Patch, choose_backward_patch, flat_patch, rows_window
+from .problem import Problem
+
+# Programs that the key-parallel kernel aims at, by splitting the queries: some four
+# a multiprocessor of a large GPU. Each split costs one partial dk and dv.
+TARGET_PROGRAMS = 512
+MAX_SPLITS = 16
+# Private copies of the table gradient, against atomics that wait for each other.
+MAX_COPIES = 8
+MAX_COPIES_NUMEL = 2**22
+
+
+@on_device_of_first_tensor
+def deform_attn_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None,
+    rpb_table: Tensor | None,
+    *,
+    seed: int,
+    grid_size: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+    pos_in_range: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, pos and rpb_table, in their shapes and dtypes.
+
+    Those of an absent pos and rpb_table are empty tensors. The same inputs give the
+    same bits under torch.use_deterministic_algorithms: all sums have a fixed order,
+    but for the table's, which is then added up in 64-bit fixed point.
+    """
+    if q.numel() == 0:
+        return tuple(
+            q.new_empty(0)
+            if x is None
+            else torch.zeros_like(x, memory_format=torch.contiguous_format)
+            for x in (q, k, v, pos, rpb_table)
+        )
+    problem = Problem(
+        q, k, v, pos, rpb_table, seed, grid_size, scale, dropout_p, pos_in_range
+    )
+    grad_q, delta = _backward_q(problem, grad_out, out, lse)
+    return grad_q, *_backward_kv(problem, grad_out, lse, delta)
+
+
+def _backward_q(
+    problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    q = problem.q
+    sizes = problem.sizes('deform_attn_dq')
+    patch = problem.patch(sizes)
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    delta = torch.empty_like(lse)
+    programs = problem.num_patches(patch) * problem.batch * problem.heads
+    deform_attn_dq_kernel[(programs,)](
+        q,
+        problem.k,
+        problem.v,
+        problem.key_taps(sizes),
+        problem.packed_table(patch),
+        out,
+        grad_out,
+        lse,
+        delta,
+        grad_q,
+        *problem.input_strides(),
+        *grad_out.stride(),
+        **problem.arguments(patch),
+        BN=sizes.keys,
+        NW=min(sizes.warps, sizes.keys),
+        num_warps=sizes.warps,
+        num_stages=sizes.stages,
+    )
+    return grad_q, delta
+
+
+def _key_patch(problem: Problem, most: int) -> tuple[Patch, int]:
+    """The patch of the key-parallel kernel, and the table rows summed in it or 0."""
+    if not problem.has_bias:
+        return flat_patch(min(most, 128), problem.queries), 0
+    patch = choose_backward_patch(most, *problem.map_size, problem.axis_x.step)
+    return patch, rows_window(problem.axis_y.step, patch.rows)
+
+
+def _num_splits(tiles: int, patches: int) -> int:
+    wanted = math.ceil(TARGET_PROGRAMS / tiles)
+    return max(1, min(wanted, patches, MAX_SPLITS))
+
+
+def _fixed_point_unit(problem: Problem, grad_out: Tensor) -> Tensor:
+    """Bounds the table's gradient: a query adds at most twice its largest d(logit).
+
+    That is at most the product of the norms of its gradient and of a value.
+    """
+    largest = (
+        grad_out.float().norm(dim=-1).amax() * problem.v.float().norm(dim=-1).amax()
+    )
+    count = problem.batch * problem.queries
+    return fixed_point_unit(largest * (4.0 * count / (1 - problem.dropout_p)))
+
+
+def _table_gradient(problem: Problem, deterministic: bool) -> Tensor:
+    """(copies, Hq, Th + 4, Tw + 4) zeros; row and column 0 stand for -1."""
+    table_h, table_w = problem.table_size
+    shape = (problem.heads, table_h + 4, table_w + 4)
+    copies = MAX_COPIES_NUMEL // math.prod(shape)
+    copies = 1 if deterministic else max(1, min(copies, MAX_COPIES))
+    dtype = torch.int64 if deterministic else torch.float32
+    return problem.q.new_zeros((copies, *shape), dtype=dtype)
+
+
+def _backward_kv(
+    problem: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = problem.q, problem.k, problem.v
+    sizes = problem.sizes('deform_attn_dkdv')
+    patch, rows_reached = _key_patch(problem, sizes.queries)
+    tiles = math.ceil(problem.keys / sizes.keys) * problem.batch * problem.kv_heads
+    splits = _num_splits(tiles, problem.num_patches(patch))
+    grad_k, grad_v = k.new_empty((2, splits, *k.shape), dtype=torch.float32)
+    grad_pos = grad_table = unit = None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if problem.has_bias:
+        shape = (splits, problem.batch, problem.heads, problem.keys, 2)
+        grad_pos = q.new_empty(shape, dtype=torch.float32)
+        grad_table = _table_gradient(problem, deterministic)
+        unit = _fixed_point_unit(problem, grad_out) if deterministic else None
+    deform_attn_dkdv_kernel[(tiles * splits,)](
+        q,
+        k,
+        v,
+        problem.key_taps(sizes),
+        problem.packed_table(patch),
+        grad_out,
+        lse,
+        delta,
+        grad_k,
+        grad_v,
+        grad_pos,
+        grad_table,
+        unit,
+        *problem.input_strides(),
+        *grad_out.stride(),
+        **problem.arguments(patch),
+        num_splits=splits,
+        slope_y=-problem.axis_y.half * problem.scale,
+        slope_x=-problem.axis_x.half * problem.scale,
+        num_copies=1 if grad_table is None else grad_table.shape[0],
+        BN=sizes.keys,
+        NW=min(sizes.warps, sizes.keys),
+        RW=rows_reached,
+        FIXED=unit is not None,
+        num_warps=sizes.warps,
+        num_stages=sizes.stages,
+    )
+    return (
+        grad_k.sum(0).to(k.dtype),
+        grad_v.sum(0).to(v.dtype),
+        *_finish_bias(problem, grad_pos, grad_table, unit),
+    )
+
+
+def _finish_bias(
+    problem: Problem,
+    grad_pos: Tensor | None,
+    grad_table: Tensor | None,
+    unit: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Sums the partial gradients of pos over heads and of the table over copies."""
+    if grad_pos is None:
+        return problem.q.new_empty(0), problem.q.new_empty(0)
+    by_group = grad_pos.sum(0).unflatten(1, (problem.groups, -1)).sum(2)
+    table_h, table_w = problem.table_size
+    grad_table = grad_table[:, :, 1 : 1 + table_h, 1 : 1 + table_w].sum(0)
+    if unit is not None:
+        grad_table = grad_table.double() / unit.double()
+    return by_group, grad_table.to(problem.rpb_table.dtype)

@@ -1,0 +1,155 @@
+"""Forward kernel of deform_attn: online softmax with the bias as a batched product.
+
+One program works on a patch of R x C queries of one head and walks over the keys in
+tiles of BN. The bias of a tile comes from ``bias_tile.py`` and is the initial value
+of the accumulator of q k^T, so adding it is free; the table is packed divided by the
+scale of the logits to that end. exp is exp2 and the scale is folded into its
+argument. K and V tiles are loaded once a patch (256 queries): sharing them among the
+query heads of a kv head as well would save under 2 % of the instructions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bias_tile import as_patch, bias_product, load_taps
+from .device import on_device_of_first_tensor
+from .problem import Problem
+from .tiles import (
+    keep_scale,
+    load_columns_of,
+    load_rows_of,
+    patch_queries,
+    store_rows_of,
+)
+
+
+@triton.jit
+def mask_last_tile(x, m_s, s0, num_keys, BN: tl.constexpr):
+    """-inf for the keys behind the last one; a branch, as only one tile has any."""
+    if s0 + BN > num_keys:
+        x = tl.where(m_s[None, :], x, -float('inf'))
+    return x
+
+
+@triton.jit(do_not_specialize=[
+    "num_heads", "heads_per_kv", "heads_per_group", "num_keys", "height", "width",
+    "table_h", "table_w", "row_pitch", "seed",
+])  # fmt: skip
+def deform_attn_fwd_kernel(
+    p_q, p_k, p_v, p_taps, p_table, p_out, p_lse,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
+    num_heads, heads_per_kv, heads_per_group, num_keys, height, width,
+    table_h, table_w, row_pitch,
+    step_y, step_x, q_factor, scale_log2, seed, dropout_p,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BN: tl.constexpr, CW: tl.constexpr, NW: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IN_RANGE: tl.constexpr, DROPOUT: tl.constexpr,
+    SCALE_Q: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = R * C
+    num_patches = tl.cdiv(height, R) * tl.cdiv(width, C)
+    i_bh = tl.program_id(0) // num_patches
+    i_b, i_h = (i_bh // num_heads).to(tl.int64), (i_bh % num_heads).to(tl.int64)
+    row0, col0, o_m, m_m = patch_queries(
+        tl.program_id(0) % num_patches, height, width, R, C
+    )
+    i_kv = i_h // heads_per_kv
+    p_k += i_b * k_b + i_kv * k_h
+    p_v += i_b * v_b + i_kv * v_h
+    if HAS_BIAS:
+        i_bg = i_b * (num_heads // heads_per_group) + i_h // heads_per_group
+        p_taps += i_bg * tl.cdiv(num_keys, BN) * (2 * BN)
+        p_table += i_h * (4 * 8 * (table_h + 3)) * row_pitch
+
+    # (M, DP)
+    b_q = load_rows_of(p_q + i_b * q_b + i_h * q_h, o_m, q_n, q_d, m_m, D, DP)
+    if SCALE_Q:
+        b_q = (b_q * q_factor).to(b_q.dtype)
+    peak = tl.full([M], -1e30, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, DP], tl.float32)
+    o_row = i_bh.to(tl.int64) * height * width + o_m
+
+    for s0 in range(0, num_keys, BN):
+        o_s = s0 + tl.arange(0, BN)
+        m_s = o_s < num_keys
+        # (DP, BN)
+        b_k = load_columns_of(p_k, o_s.to(tl.int64), k_s, k_d, m_s, D, DP)
+        if HAS_BIAS:
+            b_ty, b_corner, _, b_u = load_taps(
+                p_taps + 2 * s0, col0, step_x, table_h, table_w, row_pitch, BN, False
+            )
+            bias = bias_product(
+                p_table, b_ty, b_corner, b_u, row0, height, table_h, row_pitch,
+                step_y, step_x, R, C, CW, IN_RANGE, PRECISION,
+            )  # fmt: skip
+            bias = as_patch(bias, R, C, BN, NW).to(tl.float32)
+            logits = tl.dot(b_q, b_k, bias, input_precision=PRECISION)
+        else:
+            logits = tl.dot(b_q, b_k, input_precision=PRECISION)
+        logits = mask_last_tile(logits, m_s, s0, num_keys, BN)
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+        weights = tl.exp2(logits * scale_log2 - (new_peak * scale_log2)[:, None])
+        decay = tl.exp2((peak - new_peak) * scale_log2)
+        total = total * decay + tl.sum(weights, 1)
+        if DROPOUT:
+            weights *= keep_scale(
+                seed, dropout_p, o_row[:, None], o_s[None, :], num_keys
+            )
+        # (BN, DP)
+        b_v = load_rows_of(p_v, o_s.to(tl.int64), v_s, v_d, m_s, D, DP)
+        acc = tl.dot(
+            weights.to(b_v.dtype), b_v, acc * decay[:, None], input_precision=PRECISION
+        )
+        peak = new_peak
+
+    acc = acc / total[:, None]
+    store_rows_of(p_out, acc, o_row, D, m_m, D, DP)
+    # (peak * scale_log2 + log2(total)) * ln(2)
+    lse = (peak * scale_log2 + tl.log2(total)) * 0.6931471805599453
+    tl.store(p_lse + o_row, lse, mask=m_m)
+
+
+@on_device_of_first_tensor
+def deform_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None,
+    rpb_table: Tensor | None,
+    *,
+    seed: int,
+    grid_size: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+    pos_in_range: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Hq, N, D), dtype of q, and lse (B, Hq, N), float32."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if q.numel() == 0:
+        return out, lse
+    problem = Problem(
+        q, k, v, pos, rpb_table, seed, grid_size, scale, dropout_p, pos_in_range
+    )
+    sizes = problem.sizes('deform_attn_fwd')
+    patch = problem.patch(sizes)
+    programs = problem.num_patches(patch) * problem.batch * problem.heads
+    deform_attn_fwd_kernel[(programs,)](
+        q,
+        k,
+        v,
+        problem.key_taps(sizes),
+        problem.packed_table(patch),
+        out,
+        lse,
+        *problem.input_strides(),
+        **problem.arguments(patch),
+        BN=sizes.keys,
+        NW=min(sizes.warps, sizes.keys),
+        num_warps=sizes.warps,
+        num_stages=sizes.stages,
+    )
+    return out, lse

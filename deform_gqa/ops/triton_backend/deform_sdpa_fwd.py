@@ -1,0 +1,138 @@
+"""Forward kernel of deform_sdpa: samples and attends, point after point.
+
+One program works on BQ queries and the query heads of one unit, which all attend the
+same sample: four corners of k and of v are read once, with 16-byte loads along the
+channels, and blended in registers. Softmax is online. k and v stay separate maps: an
+interleaved copy would need as many loads of as many sectors.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .sdpa_points import (
+    axis_pixels,
+    blend,
+    corner_offsets,
+    head_rows,
+    load_corners,
+    load_heads,
+    store_heads,
+    stride_of,
+    tile_of_program,
+)
+from .sdpa_problem import SdpaProblem
+from .tiles import keep_scale
+
+
+@triton.jit(do_not_specialize=[
+    "num_units", "num_blocks", "heads_per_unit", "heads_per_kv", "heads_per_group",
+    "num_heads", "query_views", "num_queries", "views", "points", "height", "width",
+    "seed",
+    "q_b", "q_w", "q_h", "q_n", "k_b", "k_w", "k_h", "v_b", "v_w", "v_h", "kv_m",
+])  # fmt: skip
+def deform_sdpa_fwd_kernel(
+    p_q, p_k, p_v, p_coords, p_out, p_lse,
+    q_b, q_w, q_h, q_n, k_b, k_w, k_h, v_b, v_w, v_h, kv_m,
+    num_units, num_blocks, heads_per_unit, heads_per_kv, heads_per_group,
+    num_heads, query_views, num_queries, views, points, height, width,
+    scale_log2, seed, dropout_p,
+    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BR: tl.constexpr,
+    VEC: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    q_b, q_w = stride_of(q_b, UNIT), stride_of(q_w, UNIT)
+    q_h, q_n = stride_of(q_h, UNIT), stride_of(q_n, UNIT)
+    k_b, k_w, k_h = stride_of(k_b, UNIT), stride_of(k_w, UNIT), stride_of(k_h, UNIT)
+    v_b, v_w, v_h = stride_of(v_b, UNIT), stride_of(v_w, UNIT), stride_of(v_h, UNIT)
+    i_b, i_w, i_unit, i_block, o_n = tile_of_program(
+        num_queries, query_views, num_blocks, num_units, BQ
+    )
+    head0 = i_unit * heads_per_unit + i_block * BR
+    heads_left = heads_per_unit - i_block * BR
+    o_row, m_row = head_rows(
+        i_b, i_w, head0, heads_left, o_n, query_views, num_heads, num_queries, BR
+    )
+    # (BR, BQ, DP)
+    b_q = load_heads(
+        p_q + i_b * q_b + i_w * q_w, head0, o_n, q_h, q_n, m_row, BR, D, DP, VEC
+    )
+    b_q = b_q * scale_log2
+    p_k += i_b * k_b + (head0 // heads_per_kv).to(tl.int64) * k_h
+    p_v += i_b * v_b + (head0 // heads_per_kv).to(tl.int64) * v_h
+    # Queries behind the last read the last one's points.
+    num_groups = num_heads // heads_per_group
+    o_group = (i_b * query_views + i_w) * num_groups + head0 // heads_per_group
+    o_query = o_group * num_queries + tl.minimum(o_n, num_queries - 1)
+    p_at = p_coords + o_query * (views * points * 2)
+
+    peak = tl.full([BR, BQ], -1e30, tl.float32)
+    total = tl.zeros([BR, BQ], tl.float32)
+    acc = tl.zeros([BR, BQ, DP], tl.float32)
+    for i_view in range(0, views):
+        for i_point in range(0, points):
+            # (BQ,)
+            b_x = tl.load(p_at)
+            b_y = tl.load(p_at + 1)
+            p_at += 2
+            x_0, x_1, w_x0, w_x1, _, _ = axis_pixels(b_x, width)
+            y_0, y_1, w_y0, w_y1, _, _ = axis_pixels(b_y, height)
+            w_00, w_01, w_10, w_11 = w_y0 * w_x0, w_y0 * w_x1, w_y1 * w_x0, w_y1 * w_x1
+            o_00, o_01, o_10, o_11 = corner_offsets(
+                x_0, x_1, y_0, y_1, width, kv_m, UNIT, WIDE
+            )
+            # (BQ, DP)
+            k_00, k_01, k_10, k_11 = load_corners(p_k, o_00, o_01, o_10, o_11, D, DP)
+            v_00, v_01, v_10, v_11 = load_corners(p_v, o_00, o_01, o_10, o_11, D, DP)
+            b_k = blend(k_00, k_01, k_10, k_11, w_00, w_01, w_10, w_11)
+            # (BR, BQ)
+            logits = tl.sum(b_q * b_k[None, :, :], 2)
+            new_peak = tl.maximum(peak, logits)
+            decay = tl.exp2(peak - new_peak)
+            weights = tl.exp2(logits - new_peak)
+            total = total * decay + weights
+            peak = new_peak
+            if DROPOUT:
+                weights *= keep_scale(
+                    seed, dropout_p, o_row, i_view * points + i_point, views * points
+                )
+            b_v = blend(v_00, v_01, v_10, v_11, w_00, w_01, w_10, w_11)
+            acc = acc * decay[:, :, None] + weights[:, :, None] * b_v[None, :, :]
+        p_k += k_w
+        p_v += v_w
+
+    store_heads(p_out, acc / total[:, :, None], o_row, m_row, D, DP, VEC)
+    # (peak + log2(total)) * ln(2)
+    lse = (peak + tl.log2(total)) * 0.6931471805599453
+    tl.store(p_lse + o_row, lse, mask=m_row)
+
+
+def deform_sdpa_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coords: Tensor,
+    *,
+    seed: int,
+    grid_size: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Vq, Hq, N, D), dtype of q, and lse (B, Vq, Hq, N), float32."""
+    problem = SdpaProblem(q, k, v, coords, seed, grid_size, scale, dropout_p)
+    out, lse = problem.new_outputs()
+    if out.numel() == 0:
+        return out, lse
+    tile = problem.tile('deform_sdpa_fwd')
+    deform_sdpa_fwd_kernel[problem.grid(tile)](
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.coords,
+        out,
+        lse,
+        *problem.input_strides(),
+        **problem.arguments(tile),
+        num_warps=tile.warps,
+        num_stages=1,
+    )
+    return out, lse

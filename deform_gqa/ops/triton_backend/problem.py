@@ -1,0 +1,132 @@
+"""Host side of the deform_attn kernels: what every launch of one call shares."""
+
+import dataclasses
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from .block_sizes import BlockSizes, block_sizes, pad_head_dim
+from .key_taps import key_taps
+from .pack_table import pack_table, row_pitch
+from .patches import Axis, Patch, axis_of, choose_patch, flat_patch
+
+LOG2_E = math.log2(math.e)
+# The bias enters the kernels divided by the scale of the logits: scales below this
+# go into q instead, so that the packed table keeps its range.
+MIN_SCALE = 2.0**-6
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Compute capability as 80 or 90; 80 where there is no GPU (the interpreter)."""
+    if device.type != 'cuda':
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def split_scale(scale: float) -> tuple[float, float]:
+    """(factor of q, positive factor of the logits); the former is 1 as a rule."""
+    positive = max(abs(scale), MIN_SCALE)
+    return scale / positive, positive
+
+
+@dataclasses.dataclass
+class Problem:
+    """One call of deform_attn: shapes, scales and the geometry of the bias."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pos: Tensor | None
+    rpb_table: Tensor | None
+    seed: int
+    grid_size: tuple[int, int]
+    scale: float
+    dropout_p: float
+    pos_in_range: bool
+
+    def __post_init__(self):
+        self.batch, self.heads, self.queries, self.head_dim = self.q.shape
+        self.kv_heads, self.keys = self.k.shape[1:3]
+        self.arch = architecture(self.q.device)
+        self.has_bias = self.rpb_table is not None
+        self.q_factor, self.scale = split_scale(self.scale)
+        if self.has_bias:
+            self.groups = self.pos.shape[1]
+            self.map_size = self.grid_size
+            self.table_size = tuple(self.rpb_table.shape[1:])
+            self.axis_y, self.axis_x = (
+                axis_of(*sizes)
+                for sizes in zip(self.grid_size, self.table_size, strict=True)
+            )
+        else:
+            self.groups = 1
+            self.map_size = (1, self.queries)
+            self.table_size = (1, 1)
+            self.axis_y = self.axis_x = Axis(0.0, 0.0, 0.0)
+
+    def sizes(self, op: str) -> BlockSizes:
+        return block_sizes(op, self.head_dim, self.q.dtype, self.arch)
+
+    def patch(self, sizes: BlockSizes) -> Patch:
+        if not self.has_bias:
+            return flat_patch(sizes.queries, self.queries)
+        return choose_patch(sizes.queries, *self.map_size, self.axis_x.step)
+
+    def packed_table(self, patch: Patch) -> Tensor | None:
+        """In float16 beside 16-bit q: its 11 bits lose less than a bfloat16 bias."""
+        if not self.has_bias:
+            return None
+        dtype = torch.float32 if self.q.dtype == torch.float32 else torch.float16
+        return pack_table(self.rpb_table, patch.window, 1 / self.scale, dtype)
+
+    def key_taps(self, sizes: BlockSizes) -> Tensor | None:
+        if not self.has_bias:
+            return None
+        warps = min(sizes.warps, sizes.keys)
+        return key_taps(self.pos, self.axis_y, self.axis_x, sizes.keys, warps)
+
+    def num_patches(self, patch: Patch) -> int:
+        height, width = self.map_size
+        return math.ceil(height / patch.rows) * math.ceil(width / patch.cols)
+
+    def input_strides(self) -> tuple[int, ...]:
+        return *self.q.stride(), *self.k.stride(), *self.v.stride()
+
+    def arguments(self, patch: Patch) -> dict:
+        """Arguments by name that the forward and backward kernels have in common."""
+        height, width = self.map_size
+        table_h, table_w = self.table_size
+        return dict(
+            num_heads=self.heads,
+            heads_per_kv=self.heads // self.kv_heads,
+            heads_per_group=self.heads // self.groups,
+            num_keys=self.keys,
+            height=height,
+            width=width,
+            table_h=table_h,
+            table_w=table_w,
+            row_pitch=row_pitch(table_w, patch.window),
+            step_y=self.axis_y.step,
+            step_x=self.axis_x.step,
+            q_factor=self.q_factor,
+            scale_log2=self.scale * LOG2_E,
+            seed=self.seed,
+            dropout_p=self.dropout_p,
+            D=self.head_dim,
+            DP=pad_head_dim(self.head_dim),
+            R=patch.rows,
+            C=patch.cols,
+            CW=patch.window,
+            HAS_BIAS=self.has_bias,
+            IN_RANGE=self.pos_in_range,
+            DROPOUT=self.dropout_p > 0,
+            SCALE_Q=self.q_factor != 1.0,
+            # Three TF32 products on tensor cores are about as exact as float32
+            # (2^-21); 'ieee' would leave the tensor cores. With 16-bit inputs this
+            # only concerns sums of the table's gradient, for which TF32 will do.
+            PRECISION='tf32x3' if self.q.dtype == torch.float32 else 'tf32',
+        )

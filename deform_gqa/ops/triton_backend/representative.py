@@ -1,0 +1,51 @@
+"""Launches that stand for all: stage 1 of DAT-T++ on an 800 x 1333 image."""
+
+import torch
+
+from . import (
+    aot,
+    deform_attn_backward,
+    deform_attn_forward,
+    deform_sample_backward,
+    deform_sample_forward,
+)
+
+GRID_SIZE, KEY_GRID, TABLE_SIZE = (200, 334), (25, 42), (111, 111)
+
+
+def _once_each(launches: list[aot.Launch]) -> list[aot.Launch]:
+    """The first launch of each kernel."""
+    return list({launch.name: launch for launch in reversed(launches)}.values())[::-1]
+
+
+def attention(
+    arch: int, head_dim: int, dtype: torch.dtype, bias: bool = True
+) -> list[aot.Launch]:
+    """Every kernel of a deform_attn call, forward and backward, in launch order."""
+    q = torch.empty(1, 2, GRID_SIZE[0] * GRID_SIZE[1], head_dim, dtype=dtype)
+    keys = KEY_GRID[0] * KEY_GRID[1]
+    k, v = torch.empty(2, 1, 2, keys, head_dim, dtype=dtype)
+    pos = torch.empty(1, 1, keys, 2) if bias else None
+    table = torch.empty(2, *TABLE_SIZE) if bias else None
+    options = dict(
+        seed=0,
+        grid_size=GRID_SIZE,
+        scale=head_dim**-0.5,
+        dropout_p=0.0,
+        pos_in_range=True,
+    )
+    with aot.record_launches(arch) as launches:
+        out, lse = deform_attn_forward(q, k, v, pos, table, **options)
+        deform_attn_backward(q, out, lse, q, k, v, pos, table, **options)
+    return _once_each(launches)
+
+
+def sampling(arch: int, dtype: torch.dtype) -> list[aot.Launch]:
+    """The kernels of deform_sample on a channels-last map."""
+    x = torch.empty(1, 64, *GRID_SIZE, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    pos = torch.empty(1, 1, KEY_GRID[0] * KEY_GRID[1], 2)
+    with aot.record_launches(arch) as launches:
+        out = deform_sample_forward(x, pos)
+        deform_sample_backward(out, x, pos)
+    return _once_each(launches)

@@ -1,0 +1,6 @@
+"""Attention with samples of each query's own, registered in mmdet's MODELS."""
+
+from .multiview import MultiViewDeformableAttention
+from .per_query import PerQueryDeformableAttention
+
+__all__ = ['MultiViewDeformableAttention', 'PerQueryDeformableAttention']

@@ -1,6 +1,7 @@
-"""Skips what this machine or process cannot run, with the reason."""
+"""Skips what this machine or process cannot run, and keeps tests apart."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -16,3 +17,11 @@ def pytest_collection_modifyitems(items):
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def own_registry_scope(monkeypatch):
+    """A Runner sets the scope in which later tests of the process would build."""
+    if 'mmengine' in sys.modules:  # the ops are tested where it is not installed
+        scope = sys.modules['mmengine'].DefaultScope
+        monkeypatch.setattr(scope, '_instance_dict', scope._instance_dict.copy())

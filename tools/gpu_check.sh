@@ -44,15 +44,16 @@ step() {
     return "$code"
 }
 
-# suite NAME SECONDS OPTIONS...: a run of the benchmark, written to its own folder.
+# suite NAME SECONDS OPTIONS...: a run of the benchmark, written to its own folder, in
+# bf16 unless the options say otherwise.
 # It stops measuring before the step would be killed, and reports what it has.
 suite() {
     local name=$1 limit=$2
     shift 2
     [ "$limit" -le "$(left)" ] || limit=$(left)
-    step "$name" "$limit" "$PYTHON" tools/benchmark.py op "$@" --device cuda \
-        --dtype bf16 --min-time-s 0.1 --time-limit-s $((limit > 60 ? limit - 30 : 30)) \
-        --out "$OUT/$name"
+    step "$name" "$limit" "$PYTHON" tools/benchmark.py op --dtype bf16 "$@" \
+        --device cuda --min-time-s 0.1 \
+        --time-limit-s $((limit > 60 ? limit - 30 : 30)) --out "$OUT/$name"
 }
 
 run_tests() {
@@ -80,9 +81,10 @@ run_sanitizer() {
         step "sanitizer_$tool" "$SANITIZER_S" \
             env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$PYTHON" tools/benchmark.py op --device cuda --dtype bf16 --gate-only \
-            --backends triton --sizes 60x92 --stages 1 2 --batch-sizes 1 \
-            --kv-heads full || code=1
+            "$PYTHON" tools/benchmark.py op deform_attn deform_sdpa --device cuda \
+            --dtype bf16 --gate-only --backends triton --batch-sizes 1 \
+            --sizes 60x92 --stages 1 2 --kv-heads full \
+            --maps 7x9 --heads 4 --views 2 --points 3 || code=1
     done
     return "$code"
 }
@@ -97,7 +99,8 @@ pack() {
 
 # What an earlier run left would be packed as if it were of this one.
 rm -rf "$OUT"/{tests,device}.log "$OUT"/sanitizer_*.log \
-    "$OUT"/{deform_attn_peers,deform_attn,neighborhood_attn}{,.log}
+    "$OUT"/{deform_attn_peers,deform_attn,neighborhood_attn}{,.log} \
+    "$OUT"/deform_sdpa_{fp32,bf16}{,.log}
 : >"$OUT/summary.txt"
 nvidia-smi >"$OUT/nvidia_smi.txt" 2>&1 || echo 'no nvidia-smi' >"$OUT/nvidia_smi.txt"
 step device 60 "$PYTHON" -m deform_gqa.benchmark.environment cuda || pack
@@ -105,6 +108,11 @@ run_tests || pack
 run_sanitizer || pack
 # The peers at one batch size first: it is what the targets are about.
 suite deform_attn_peers 150 deform_attn --sizes 800x1333 --batch-sizes 2 --kv-heads full
+# Published inputs, 2 to 12 views and points, and all numbers of kv heads.
+for dtype in fp32 bf16; do
+    suite "deform_sdpa_$dtype" 80 deform_sdpa --dtype "$dtype" --kv-heads full \
+        --backends naive torch triton
+done
 suite deform_attn 120 deform_attn --backends naive triton
 suite neighborhood_attn 100 neighborhood_attn --sizes 800x1333 --batch-sizes 2 \
     --kv-heads full one

@@ -4,6 +4,10 @@ Work that no implementation can leave out: an exponential for each (query, key, 
 pair, the products of attention, every argument and result moved once. Backward
 recomputes the weights instead of storing them. The bias costs more than nothing; it
 is left out, as it depends on the method.
+
+deform_sdpa interpolates besides: four corners a sample, of a key and of a value. The
+corners that it gathers are counted, but give no floor: they come from caches, and on
+small maps the products of whole maps do without them.
 """
 
 import dataclasses
@@ -17,16 +21,31 @@ DIRECTIONS = ('forward', 'forward+backward')
 # dO v^T, P^T dO, dS k, dS^T q.
 _FORWARD_PRODUCTS = 2
 _BACKWARD_PRODUCTS = 5
+# Vectors of a sample: the corners of a key and of a value.
+_CORNERS = 4 * 2
+# Passes over the corners: gathered; then gathered again, and their gradients scattered.
+_FORWARD_PASSES = 1
+_BACKWARD_PASSES = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Counts of one call."""
+    """Counts of one call.
+
+    Attributes:
+        flops: Of the products of attention, and of the interpolation.
+        bytes: Arguments and results, moved once.
+        samples: Sampled keys; as many values.
+        gathered_bytes: Corners read, and scattered to by the backward pass (in
+            float32), if every sample is interpolated from vectors.
+    """
 
     pairs: int
     exps: int
     flops: int
     bytes: int
+    samples: int = 0
+    gathered_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +114,21 @@ def count_work(case: OpCase, dtype: torch.dtype, direction: str) -> Work:
     """
     if direction not in DIRECTIONS:
         raise ValueError(f'direction must be one of {DIRECTIONS}, got {direction!r}')
-    products, exps = _FORWARD_PRODUCTS, case.pairs
+    products, exps, passes = _FORWARD_PRODUCTS, case.pairs, _FORWARD_PASSES
+    corner_values = _CORNERS * case.head_dim * case.samples
+    gathered = corner_values * dtype.itemsize
     if direction == 'forward+backward':
         products += _BACKWARD_PRODUCTS
         exps *= 2
+        passes += _BACKWARD_PASSES
+        gathered = 2 * gathered + 4 * corner_values
     return Work(
         pairs=case.pairs,
         exps=exps,
-        flops=2 * products * case.head_dim * case.pairs,
+        flops=2 * products * case.head_dim * case.pairs + 2 * passes * corner_values,
         bytes=_bytes(case, dtype, direction),
+        samples=case.samples,
+        gathered_bytes=gathered,
     )
 
 

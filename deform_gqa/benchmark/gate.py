@@ -15,8 +15,9 @@ from .op_peers import BASELINE, Call, make_call
 MAX_PAIRS = {'cuda': 150_000_000, 'cpu': 700_000}
 # Beside twice the error of naive in the same dtype; of the largest reference value.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-# The bias has a kink at every table cell: rounding decides which slope a pair takes.
+# Interpolation has a kink at every cell: rounding decides which slope a pair takes.
 POSITION_TOLERANCE = 5e-3
+POSITIONS = ('grad_pos', 'grad_coords')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,4 +96,4 @@ class Gate:
 
     def _tolerance(self, name: str) -> float:
         tolerance = TOLERANCE[self.dtype]
-        return max(tolerance, POSITION_TOLERANCE) if name == 'grad_pos' else tolerance
+        return max(tolerance, POSITION_TOLERANCE) if name in POSITIONS else tolerance

@@ -1,6 +1,7 @@
 """The shapes at which ops are measured: those of the stages of DAT-T++.
 
-Letters as in ``deform_gqa.ops.naive``. Image sizes are (height, width).
+``sdpa_cases`` has those of deform_sdpa. Letters as in ``deform_gqa.ops.naive``. Image
+sizes are (height, width).
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from torch import Tensor
 from .errors import OptionError
 
 STAGES = (1, 2, 3, 4)
-KV_HEADS = ('full', 'half', 'one')
+KV_HEADS = ('full', 'half', 'one', 'sweep')
 HEAD_DIM = 32
 NUM_HEADS = (2, 4, 8, 16)
 OFFSET_GROUPS = (1, 2, 4, 8)
@@ -39,42 +40,46 @@ def stage_map(image_size: tuple[int, int], stage: int) -> tuple[int, int]:
     return height, width
 
 
-def count_kv_heads(num_heads: int, choice: str) -> int:
-    """Number of kv heads for 'full', 'half' or 'one'."""
+def count_kv_heads(num_heads: int, choice: str | int) -> int:
+    """Number of kv heads for 'full', 'half' or 'one'; a number stands for itself."""
+    if isinstance(choice, int):
+        return choice
     return {'full': num_heads, 'half': max(num_heads // 2, 1), 'one': 1}[choice]
+
+
+def kv_head_counts(num_heads: int, choices: Iterable[str]) -> list[int]:
+    """Numbers of kv heads, once each; 'sweep' is all, and halves down to one."""
+    counts: list[int] = []
+    for choice in choices:
+        if choice == 'sweep':
+            halvings = range(num_heads.bit_length())
+            shares = [num_heads >> n for n in halvings if num_heads % (1 << n) == 0]
+            counts += [*shares, 1]
+        else:
+            counts.append(count_kv_heads(num_heads, choice))
+    return list(dict.fromkeys(counts))
 
 
 @dataclasses.dataclass(frozen=True)
 class OpCase:
-    """One call of an op, without its backend.
-
-    Attributes:
-        layers: Layers of a backbone that make this call, for the totals.
-    """
+    """One call of an op, without its backend."""
 
     op: ClassVar[str]
 
-    image_size: tuple[int, int]
-    stage: int
     batch: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     grid_size: tuple[int, int]
-    layers: int
 
     @property
     def name(self) -> str:
         """Unique among the cases of all ops."""
-        height, width = self.image_size
-        return (
-            f'{self.op}/{height}x{width}/stage{self.stage}/b{self.batch}'
-            f'/kv{self.num_kv_heads}of{self.num_heads}'
-        )
+        raise NotImplementedError
 
     @property
     def num_queries(self) -> int:
-        """N."""
+        """N; of all query views together, where the op has several."""
         return math.prod(self.grid_size)
 
     @property
@@ -85,6 +90,11 @@ class OpCase:
     def pairs(self) -> int:
         """(query, key, head) pairs: exponentials of a forward pass."""
         return self.batch * self.num_heads * self.num_queries * self.keys_per_query
+
+    @property
+    def samples(self) -> int:
+        """Vectors that the call samples from the key maps; as many from the others."""
+        return 0
 
     def input_specs(self, dtype: torch.dtype) -> dict[str, Spec]:
         """Shape and dtype of every tensor argument, all of them differentiable."""
@@ -129,7 +139,28 @@ class OpCase:
 
 
 @dataclasses.dataclass(frozen=True)
-class DeformAttnCase(OpCase):
+class StageCase(OpCase):
+    """A call of the layers of a stage.
+
+    Attributes:
+        layers: Layers of a backbone that make this call, for the totals.
+    """
+
+    image_size: tuple[int, int]
+    stage: int
+    layers: int
+
+    @property
+    def name(self) -> str:
+        height, width = self.image_size
+        return (
+            f'{self.op}/{height}x{width}/stage{self.stage}/b{self.batch}'
+            f'/kv{self.num_kv_heads}of{self.num_heads}'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DeformAttnCase(StageCase):
     """Deformable attention; key_grid is the grid of the S sampled keys."""
 
     op: ClassVar[str] = 'deform_attn'
@@ -162,8 +193,8 @@ class DeformAttnCase(OpCase):
     def halved(self) -> 'DeformAttnCase':
         return dataclasses.replace(
             self,
-            grid_size=_half(self.grid_size, least=2),
-            key_grid=_half(self.key_grid, least=2),
+            grid_size=halved_size(self.grid_size, least=2),
+            key_grid=halved_size(self.key_grid, least=2),
         )
 
     def make_inputs(
@@ -180,7 +211,7 @@ class DeformAttnCase(OpCase):
 
 
 @dataclasses.dataclass(frozen=True)
-class NeighborhoodAttnCase(OpCase):
+class NeighborhoodAttnCase(StageCase):
     """Neighborhood attention of kernel_size x kernel_size keys."""
 
     op: ClassVar[str] = 'neighborhood_attn'
@@ -205,17 +236,18 @@ class NeighborhoodAttnCase(OpCase):
         return {'grid_size': self.grid_size, 'kernel_size': self.kernel_size}
 
     def halved(self) -> 'NeighborhoodAttnCase':
-        grid_size = _half(self.grid_size, least=self.kernel_size)
+        grid_size = halved_size(self.grid_size, least=self.kernel_size)
         return dataclasses.replace(self, grid_size=grid_size)
 
 
-def _half(size: tuple[int, int], least: int) -> tuple[int, int]:
+def halved_size(size: tuple[int, int], least: int) -> tuple[int, int]:
+    """Half a size, rounded up, and not below ``least``."""
     height, width = (max(math.ceil(side / 2), min(side, least)) for side in size)
     return height, width
 
 
 def _common(
-    image_size: tuple[int, int], stage: int, batch: int, kv_heads: str
+    image_size: tuple[int, int], stage: int, batch: int, kv_heads: str | int
 ) -> dict[str, Any]:
     num_heads = NUM_HEADS[stage - 1]
     return dict(
@@ -230,7 +262,7 @@ def _common(
 
 
 def deform_attn_case(
-    image_size: tuple[int, int], stage: int, batch: int, kv_heads: str
+    image_size: tuple[int, int], stage: int, batch: int, kv_heads: str | int
 ) -> DeformAttnCase:
     """The deformable layers of a stage of DAT-T++."""
     height, width = stage_map(image_size, stage)
@@ -246,7 +278,7 @@ def deform_attn_case(
 
 
 def neighborhood_attn_case(
-    image_size: tuple[int, int], stage: int, batch: int, kv_heads: str
+    image_size: tuple[int, int], stage: int, batch: int, kv_heads: str | int
 ) -> NeighborhoodAttnCase | None:
     """The neighborhood layers of a stage of DAT-T++; None for stage 4 (has none)."""
     if stage not in STAGES_OF['neighborhood_attn']:
@@ -260,7 +292,7 @@ def neighborhood_attn_case(
     )
 
 
-CaseFactory = Callable[[tuple[int, int], int, int, str], OpCase | None]
+CaseFactory = Callable[[tuple[int, int], int, int, str | int], OpCase | None]
 CASES: dict[str, CaseFactory] = {
     'deform_attn': deform_attn_case,
     'neighborhood_attn': neighborhood_attn_case,
@@ -295,7 +327,7 @@ def select_cases(
             for size in sizes
             for batch in batch_sizes
             for stage in stages
-            for heads in kv_heads
+            for heads in kv_head_counts(NUM_HEADS[stage - 1], kv_heads)
         ]
         if not any(found):
             raise OptionError(f'{op} has no case at stages {list(stages)}')

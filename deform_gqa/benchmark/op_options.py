@@ -12,9 +12,12 @@ from .errors import OptionError
 from .floors import DIRECTIONS
 from .op_cases import CASES, KV_HEADS, STAGES
 from .op_peers import BACKENDS
+from .sdpa_cases import DEFAULT_SWEEP, QUICK_SWEEP, SdpaSweep
+from .sdpa_cases import OP as SDPA
 from .timing import Sampling
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+OPS = (*CASES, SDPA)
 IMAGE_SIZES = ('800x1333', '224x224')
 # One thread: on busy cores the threads of a call wait for each other.
 QUICK = dict(
@@ -23,12 +26,19 @@ QUICK = dict(
 QUICK_TIME_S = 0.2
 DEFAULT_TIME_S = 0.5
 MAX_SIDE = 16384
+# Options of deform_sdpa alone; without them its published inputs are measured.
+_SDPA_LISTS = {
+    'maps': 'HxW of queries and keys (default: 18x18 14x14)',
+    'heads': 'query heads (default: 32 8)',
+    'views': 'of queries and of keys (default: 2 6, and 12 in one case)',
+    'points': 'of a query in a view (default: 4 12, and 2 in one case)',
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Defaults of None depend on the device and on --quick."""
     add = parser.add_argument
-    add('ops', nargs='*', metavar='NAMES', help=f'of {", ".join(CASES)} (default: all)')
+    add('ops', nargs='*', metavar='NAMES', help=f'of {", ".join(OPS)} (default: all)')
     add('--backends', nargs='+', metavar='B', help=f'of {", ".join(BACKENDS)}')
     add('--device', help="'cpu' or 'cuda[:N]' (default: cuda where there is one)")
     add('--dtype', help='fp32, fp16 or bf16 (default: bf16 on CUDA, fp32 on a CPU)')
@@ -44,14 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs='+',
         type=int,
         metavar='N',
-        help='images a call (default: 1 2 8 on CUDA, 1 on a CPU)',
+        help=f'images a call (default: 1 2 8 on CUDA, 1 on a CPU; 2 for {SDPA})',
     )
     add(
         '--kv-heads',
         nargs='+',
         metavar='K',
-        help='full, half, one of the query heads (default: all three on CUDA, full)',
+        help='full, half, one of the query heads, or sweep: all, halves down to one '
+        '(default: the first three on CUDA, else full)',
     )
+    for name, text in _SDPA_LISTS.items():
+        kind = {} if name == 'maps' else {'type': int}
+        add(f'--{name}', nargs='+', help=f'{SDPA}: {text}', **kind)
     add('--directions', nargs='+', metavar='D', help=f'of {", ".join(DIRECTIONS)}')
     add('--threads', type=int, help="of a CPU (default: torch's choice, 1 if quick)")
     add('--quick', action='store_true', help='small maps, under a minute on 2 cores')
@@ -74,6 +88,7 @@ class OpOptions:
     stages: tuple[int, ...]
     batch_sizes: tuple[int, ...]
     kv_heads: tuple[str, ...]
+    sdpa: SdpaSweep
     directions: tuple[str, ...]
     sampling: Sampling
     threads: int | None
@@ -88,7 +103,7 @@ class OpOptions:
         return {**values, 'device': str(self.device)}
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, option: str = '--sizes') -> tuple[int, int]:
     """'800x1333' -> (800, 1333), height first.
 
     Raises:
@@ -98,7 +113,7 @@ def parse_size(text: str) -> tuple[int, int]:
     size = tuple(map(int, match.groups())) if match else (0, 0)
     if not all(1 <= side <= MAX_SIDE for side in size):
         raise OptionError(
-            f'--sizes takes HEIGHTxWIDTH of 1 to {MAX_SIDE} pixels, got {text!r}'
+            f'{option} takes HEIGHTxWIDTH of 1 to {MAX_SIDE} pixels, got {text!r}'
         )
     return size[0], size[1]
 
@@ -124,6 +139,25 @@ def _device(text: str | None) -> torch.device:
     return device
 
 
+def _sdpa_sweep(args: argparse.Namespace) -> SdpaSweep:
+    """The default one if no option sets a list of its own."""
+    given: dict[str, Any] = {
+        name: tuple(dict.fromkeys(getattr(args, name)))
+        for name in _SDPA_LISTS
+        if getattr(args, name) is not None
+    }
+    if 'maps' in given:
+        sizes = (parse_size(text, '--maps') for text in given['maps'])
+        given['maps'] = tuple(dict.fromkeys(sizes))
+    for name in given.keys() - {'maps'}:
+        _positive(f'--{name}', given[name])
+    if given:
+        given['with_ends'] = False
+    if args.batch_sizes is not None:
+        given['batch_sizes'] = tuple(dict.fromkeys(args.batch_sizes))
+    return dataclasses.replace(QUICK_SWEEP if args.quick else DEFAULT_SWEEP, **given)
+
+
 def _positive(option: str, values: Sequence[float | None]) -> None:
     for value in values:
         if value is not None and not 0 < value < float('inf'):
@@ -142,7 +176,7 @@ def resolve(args: argparse.Namespace) -> OpOptions:
         sizes=IMAGE_SIZES,
         stages=STAGES,
         batch_sizes=(1, 2, 8) if cuda else (1,),
-        kv_heads=KV_HEADS if cuda else ('full',),
+        kv_heads=('full', 'half', 'one') if cuda else ('full',),
         threads=None,
     )
     if args.quick:
@@ -158,7 +192,7 @@ def resolve(args: argparse.Namespace) -> OpOptions:
         _positive('--' + name.replace('_', '-'), [getattr(args, name)])
     default_time_s = QUICK_TIME_S if args.quick else DEFAULT_TIME_S
     return OpOptions(
-        ops=_one_of('op', args.ops or CASES, CASES),
+        ops=_one_of('op', args.ops or OPS, OPS),
         backends=_one_of('--backends', args.backends or BACKENDS, BACKENDS),
         device=device,
         dtype=_one_of('--dtype', [dtype], DTYPES)[0],
@@ -166,6 +200,7 @@ def resolve(args: argparse.Namespace) -> OpOptions:
         stages=_one_of('--stages', values['stages'], STAGES),
         batch_sizes=tuple(dict.fromkeys(values['batch_sizes'])),
         kv_heads=_one_of('--kv-heads', values['kv_heads'], KV_HEADS),
+        sdpa=_sdpa_sweep(args),
         directions=_one_of('--directions', args.directions or DIRECTIONS, DIRECTIONS),
         sampling=Sampling(args.repeats, args.min_time_s or default_time_s),
         threads=values['threads'],

@@ -21,6 +21,7 @@ from .flex_peers import (
 )
 from .memory import available_cpu_mib
 from .op_cases import DeformAttnCase, NeighborhoodAttnCase, OpCase
+from .sdpa_cases import DeformSdpaCase
 
 BASELINE = 'naive'
 OWN_BACKENDS = ('naive', 'torch', 'triton')
@@ -41,6 +42,8 @@ def unsupported_reason(
         return ops.unsupported_reason(
             case.op, backend, device=device, dtype=dtype, head_dim=case.head_dim
         )
+    if isinstance(case, DeformSdpaCase):
+        return f'{backend} cannot sample keys for each query'
     if backend == 'flex' and device.type != 'cuda':
         return 'FlexAttention has no backward pass on CPUs'
     return None
@@ -51,6 +54,8 @@ def materialised_mib(case: OpCase, backend: str) -> float:
     if backend not in _PAIR_TENSORS:
         return 0.0
     values = case.pairs * _PAIR_TENSORS[backend]
+    if isinstance(case, DeformSdpaCase):  # the sampled keys and values, with copies
+        values = case.pairs * case.head_dim * 4
     if isinstance(case, NeighborhoodAttnCase):
         if backend == 'naive':  # gathers the keys and values of every window
             values = case.pairs * case.head_dim * 4

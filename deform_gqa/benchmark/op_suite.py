@@ -16,7 +16,7 @@ from .errors import GateError
 from .floors import Floor, count_work, device_peaks, floor_time
 from .gate import Gate
 from .memory import PeakMemory
-from .op_cases import OpCase, select_cases
+from .op_cases import CASES, OpCase, select_cases
 from .op_options import DTYPES, OpOptions, add_arguments, resolve
 from .op_peers import (
     PEERS,
@@ -27,11 +27,13 @@ from .op_peers import (
 )
 from .progress import progress
 from .report import Report, Row, Status
+from .sdpa_cases import OP as SDPA
+from .sdpa_cases import sdpa_cases
 from .timing import Timer
 
 __all__ = ['add_arguments', 'run']
 
-DESCRIPTION = 'Time and memory of the ops, at the shapes of the stages of DAT-T++.'
+DESCRIPTION = 'Time and memory of the ops, at the shapes of their models.'
 
 
 def run(args: argparse.Namespace, command: str) -> None:
@@ -83,13 +85,15 @@ class OpSuite:
         self.options = options
         self.device = options.device
         self.dtype = DTYPES[options.dtype]
-        self.cases = select_cases(
-            options.ops,
+        self.cases: list[OpCase] = select_cases(
+            [op for op in options.ops if op in CASES],
             options.sizes,
             options.stages,
             options.batch_sizes,
             options.kv_heads,
         )
+        if SDPA in options.ops:
+            self.cases += sdpa_cases(options.sdpa, options.kv_heads)
         # (case, backend) -> status and reason of those that will not be timed
         self.barred: dict[tuple[OpCase, str], tuple[Status, str]] = {}
         self.checks = 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from .op_peers import BACKENDS
 from .report import Report, Row
+from .sdpa_cases import OP as SDPA
 from .tables import title
 
 # Colours of the colour-blind-safe palette of Okabe and Ito; markers for print.
@@ -40,8 +41,17 @@ def unavailable_reason() -> str | None:
 
 
 def _parts(case: dict[str, Any]) -> dict[str, str]:
-    height, width = case['image_size']
     heads, kv_heads = case['num_heads'], case['num_kv_heads']
+    if case['op'] == SDPA:
+        height, width = case['grid_size']
+        return {
+            'map': f'{height}x{width}',
+            'batch': f'batch {case["batch"]}',
+            'kv': f'{kv_heads} of {heads} kv heads',
+            'views': f'{case["views"]} views',
+            'points': f'{case["points"]} points',
+        }
+    height, width = case['image_size']
     share = 'all kv heads' if kv_heads == heads else f'{kv_heads} of {heads} kv heads'
     return {
         'stage': f'stage {case["stage"]}',
@@ -57,7 +67,7 @@ def split_labels(cases: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:
     shared = {
         name: text
         for name, text in parts[0].items()
-        if name != 'stage' and all(part[name] == text for part in parts)
+        if name not in ('stage', 'points') and all(part[name] == text for part in parts)
     }
     labels = [
         ', '.join(text for name, text in part.items() if name not in shared)

@@ -5,9 +5,12 @@ from collections.abc import Iterable, Sequence
 from .op_cases import STAGES_OF
 from .op_peers import BASELINE
 from .report import Report, Row
+from .sdpa_cases import OP as SDPA
 from .timing import Timing
 
-_CASE_HEADER = ('stage', 'image', 'batch', 'kv heads', 'queries x keys', 'direction')
+_PLACE_HEADER = ('stage', 'image')
+_SDPA_PLACE_HEADER = ('map', 'views', 'points')
+_CASE_HEADER = ('batch', 'kv heads', 'queries x keys', 'direction')
 _ROW_HEADER = (
     'backend',
     'median ms',
@@ -18,7 +21,13 @@ _ROW_HEADER = (
 )
 _FLOOR_HEADER = ('time / floor',)
 _WORK_HEADER = ('M pairs', 'M exps', 'GFLOP', 'MB moved')
+_SAMPLE_HEADER = ('M samples', 'MB gathered')
 _LIMIT_HEADER = ('exp us', 'tensor us', 'memory us')
+_WORK_TITLE = 'Work that no implementation can leave out'
+_SAMPLE_TITLE = (
+    ', and what it gathers (and scatters) if it samples vectors, which is no limit: it '
+    'comes from caches, and products of whole maps can replace it'
+)
 _ENVIRONMENT = ('torch', 'triton', 'cuda', 'python', 'deform_gqa', 'commit', 'date')
 
 
@@ -55,11 +64,21 @@ def _measured_cells(report: Report, row: Row, timing: Timing) -> list[str]:
     ]
 
 
-def _case_cells(case: dict) -> list[str]:
+def _case_header(op: str) -> tuple[str, ...]:
+    return (_SDPA_PLACE_HEADER if op == SDPA else _PLACE_HEADER) + _CASE_HEADER
+
+
+def _place_cells(case: dict) -> list[str]:
+    if case['op'] == SDPA:
+        height, width = case['grid_size']
+        return [f'{height}x{width}', str(case['views']), str(case['points'])]
     height, width = case['image_size']
+    return [str(case['stage']), f'{height}x{width}']
+
+
+def _case_cells(case: dict) -> list[str]:
     return [
-        str(case['stage']),
-        f'{height}x{width}',
+        *_place_cells(case),
         str(case['batch']),
         f'{case["num_kv_heads"]} of {case["num_heads"]}',
         f'{case["num_queries"]} x {case["keys_per_query"]}',
@@ -83,7 +102,7 @@ def op_table(report: Report, op: str) -> str:
         if floors:
             cells.append(_ratio(row.timing.median_ms * 1e3, row.least_us))
         lines.append(cells)
-    header = _CASE_HEADER + _ROW_HEADER + (_FLOOR_HEADER if floors else ())
+    header = _case_header(op) + _ROW_HEADER + (_FLOOR_HEADER if floors else ())
     return markdown_table(header, lines)
 
 
@@ -110,9 +129,13 @@ def work_table(report: Report, op: str) -> str:
         cells = [*_case_cells(case), row.direction]
         cells += [number(work[name] / 1e6) for name in ('pairs', 'exps')]
         cells += [number(work['flops'] / 1e9), number(work['bytes'] / 1e6)]
+        if op == SDPA:
+            cells += [number(work[x] / 1e6) for x in ('samples', 'gathered_bytes')]
         cells += [number(us) for us in (row.floor_us or {}).values()]
         lines[row.case, row.direction] = cells
-    header = _CASE_HEADER + _WORK_HEADER + (_LIMIT_HEADER if floors else ())
+    header = _case_header(op) + _WORK_HEADER
+    header += _SAMPLE_HEADER if op == SDPA else ()
+    header += _LIMIT_HEADER if floors else ()
     return markdown_table(header, lines.values())
 
 
@@ -120,8 +143,10 @@ def totals(report: Report, op: str) -> list[dict]:
     """All layers of a backbone together, where every stage was measured.
 
     Sums layers times medians over the stages; one entry per image size, batch, share
-    of kv heads, direction and backend.
+    of kv heads, direction and backend. Nothing for an op of no stage.
     """
+    if op not in STAGES_OF:
+        return []
     groups: dict[tuple, list[tuple[dict, Row]]] = {}
     for case, row in _rows_of(report, op):
         for share in _kv_shares(case):
@@ -211,7 +236,8 @@ def op_markdown(report: Report) -> str:
         missing = missing_list(report, op)
         if missing is not None:
             parts.append(missing)
-        parts += ['Work that no implementation can leave out:', work_table(report, op)]
+        parts += [_WORK_TITLE + (_SAMPLE_TITLE if op == SDPA else '') + ':']
+        parts.append(work_table(report, op))
         total = totals_table(report, op)
         if total is not None:
             parts += [f'All {op} layers of DAT-T++ (layers times medians):', total]

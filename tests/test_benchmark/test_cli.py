@@ -10,6 +10,7 @@ from deform_gqa.benchmark.errors import GateError
 from deform_gqa.benchmark.report import Report
 
 TINY = ['--sizes', '32x64', '--stages', '1', '--device', 'cpu']
+TINY += ['--maps', '5x6', '--heads', '4', '--views', '2', '--points', '3']
 TINY += ['--repeats', '2', '--min-time-s', '0.01']
 
 
@@ -24,7 +25,14 @@ TINY += ['--repeats', '2', '--min-time-s', '0.01']
         ('--stages 5', '--stages: unknown 5; there are 1, 2, 3, 4'),
         ('neighborhood_attn --stages 4', 'neighborhood_attn has no case'),
         ('--batch-sizes 0', '--batch-sizes must be positive, got 0'),
-        ('--kv-heads two', "--kv-heads: unknown 'two'; there are full, half, one"),
+        (
+            '--kv-heads two',
+            "--kv-heads: unknown 'two'; there are full, half, one, sweep",
+        ),
+        ('--maps 18', "--maps takes HEIGHTxWIDTH of 1 to 16384 pixels, got '18'"),
+        ('--views 0', '--views must be positive, got 0'),
+        ('--points -4', '--points must be positive, got -4'),
+        ('--heads 0', '--heads must be positive, got 0'),
         ('--directions backward', "--directions: unknown 'backward'"),
         ('--dtype fp8', "--dtype: unknown 'fp8'; there are fp32, fp16, bf16"),
         ('--device tpu', "--device must be 'cpu' or 'cuda[:N]', got 'tpu'"),
@@ -57,13 +65,14 @@ def test_tiny_run(benchmark_tool, capsys, tmp_path):
     argv = ['op', *TINY, '--backends', 'naive', 'torch', 'flex', '--out', str(out_dir)]
     assert benchmark_tool.main(argv) == 0
     assert capsys.readouterr().out.startswith('# Ops: ')
-    names = ['deform_attn.png', 'neighborhood_attn.png', 'op.json', 'op.md']
+    names = ['deform_attn.png', 'deform_sdpa.png', 'neighborhood_attn.png']
+    names += ['op.json', 'op.md']
     assert sorted(path.name for path in out_dir.iterdir()) == names
     report = Report.load(out_dir / 'op.json')
     assert report.command.startswith('python tools/benchmark.py op --sizes 32x64')
     assert report.environment['torch'] == torch.__version__
     assert report.options['sizes'] == [[32, 64]]
-    assert len(report.rows) == 2 * 2 * 3  # ops, directions, backends
+    assert len(report.rows) == 3 * 2 * 3  # ops, directions, backends
     for row in report.rows:
         if row.backend == 'flex':
             assert (row.status, row.timing) == ('unsupported', None)
@@ -84,7 +93,7 @@ def test_time_limit_skips_the_rest(benchmark_tool, capsys, tmp_path):
 def test_gate_only(benchmark_tool, capsys):
     argv = ['op', *TINY, '--backends', 'torch', '--gate-only']
     assert benchmark_tool.main(argv) == 0
-    assert capsys.readouterr().out == '2 comparisons with naive passed\n'
+    assert capsys.readouterr().out == '3 comparisons with naive passed\n'
 
 
 def test_gate_only_takes_no_unchecked_backend(benchmark_tool, capsys):

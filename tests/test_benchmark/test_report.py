@@ -1,11 +1,14 @@
+import dataclasses
 import json
 
 import pytest
+import torch
 
 from deform_gqa.benchmark import plots, tables
-from deform_gqa.benchmark.floors import DIRECTIONS
+from deform_gqa.benchmark.floors import DIRECTIONS, count_work
 from deform_gqa.benchmark.op_cases import CASES, select_cases
 from deform_gqa.benchmark.report import Report, Row
+from deform_gqa.benchmark.sdpa_cases import SdpaSweep, sdpa_cases
 from deform_gqa.benchmark.timing import Timing
 
 PNG = b'\x89PNG'
@@ -145,6 +148,50 @@ def test_picture_texts():
     assert labels[:2] == ['stage 1, all kv heads', 'stage 1, 1 of 2 kv heads']
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(legend) == sorted(['naive', 'torch', plots.FLOOR_LABEL])
+
+
+def make_sdpa_report():
+    """Two cases; naive grows with the points, torch does not."""
+    report = make_report(floors=True, stages=(1,))
+    sweep = SdpaSweep(((14, 18),), heads=(8,), views=(2,), points=(2, 12))
+    cases = sdpa_cases(sweep, ['one'])
+    report.cases[:] = [json.loads(json.dumps(case.describe())) for case in cases]
+    work = dataclasses.asdict(count_work(cases[0], torch.float32, 'forward'))
+    report.rows[:] = [
+        Row(
+            case=case.name,
+            backend=backend,
+            direction='forward',
+            work=work,
+            floor_us=FLOORS_US,
+            timing=Timing((1.0,)),
+            peak_memory_mib=mib,
+        )
+        for case in cases
+        for backend, mib in (('naive', case.points * 10.0), ('torch', 20.0))
+    ]
+    return report
+
+
+def test_deform_sdpa_tables():
+    text = tables.op_markdown(make_sdpa_report())
+    assert '| map | views | points | batch | kv heads | queries x keys |' in text
+    line = (
+        '| 14x18 | 2 | 12 | 2 | 1 of 8 | 504 x 24 | forward | torch '
+        '| 1.00 | 1.00 - 1.00 | 1.00x | 20.0 | 6.00x | 2.00x |'
+    )
+    assert line in text
+    assert '| GFLOP | MB moved | M samples | MB gathered | exp us |' in text
+    assert 'DAT-T++' not in text
+
+
+def test_deform_sdpa_picture():
+    pytest.importorskip('matplotlib')
+    figure = plots.op_figure(make_sdpa_report(), 'deform_sdpa')
+    title = figure.get_suptitle().splitlines()[0]
+    assert title == 'deform_sdpa: 14x18, batch 2, 1 of 8 kv heads, 2 views'
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == ['2 points', '12 points']
 
 
 def test_nothing_measured_has_no_picture(tmp_path):

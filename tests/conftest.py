@@ -1,7 +1,7 @@
 """Skips what this machine or process cannot run, and keeps tests apart."""
 
+import importlib.util
 import os
-import sys
 
 import pytest
 import torch
@@ -20,8 +20,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def own_registry_scope(monkeypatch):
-    """A Runner sets the scope in which later tests of the process would build."""
-    if 'mmengine' in sys.modules:  # the ops are tested where it is not installed
-        scope = sys.modules['mmengine'].DefaultScope
-        monkeypatch.setattr(scope, '_instance_dict', scope._instance_dict.copy())
+def mmdet_scope():
+    """Each test builds in mmdet's registries, whatever scope a Runner left behind."""
+    if importlib.util.find_spec('mmengine') is None:
+        yield  # the ops are tested where no mm package is installed
+        return
+    from mmengine.registry import DefaultScope
+
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        yield

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from deform_gqa.ops.naive import repeat_kv
 
 from .heads import check_heads
+from .window_grid import WindowGrid
 
 # What the official code adds to the logits of pairs from different image regions.
 MASKED_LOGIT = -100.0
+BIAS_ALIGNMENT = 8  # elements
 
 
 def relative_position_index(window_size: tuple[int, int]) -> Tensor:
@@ -64,6 +66,9 @@ class WindowAttention(nn.Module):
         self.window_size = to_2tuple(window_size)
         if min(self.window_size) < 1:
             raise ValueError(f'window_size must be at least 1, got {window_size}')
+        self.shift = (0, 0)
+        # (kinds, h * w, h * w) added to the logits of each kind of window, or None
+        self.register_buffer('masks', None, persistent=False)
         head_dim = dim // num_heads
         self.proj_qkv = nn.Linear(dim, dim + 2 * head_dim * self.num_kv_heads)
         self.proj_out = nn.Linear(dim, dim)
@@ -82,49 +87,45 @@ class WindowAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        x = self._pad(x)
-        return self._attend(x, mask=None)[..., :height, :width]
-
-    def _pad(self, x: Tensor) -> Tensor:
-        pad_h, pad_w = (
-            -side % w for side, w in zip(x.shape[2:], self.window_size, strict=True)
+        grid = WindowGrid(
+            x.shape[0], x.shape[2:], self.window_size, self.shift, x.device
         )
-        return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
+        qkv = self.proj_qkv(grid.gather(x.permute(0, 2, 3, 1)))
+        outs = [
+            self._attend(windows, bias)
+            for windows, bias in zip(
+                qkv.split(grid.counts), self._biases(), strict=True
+            )
+            if windows.shape[0] > 0
+        ]
+        out = grid.scatter(torch.cat(outs) if len(outs) > 1 else outs[0])
+        return self.proj_drop(self.proj_out(out)).permute(0, 3, 1, 2)
 
-    def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, C, H, W) of whole windows; mask (windows, h * w, h * w) or None."""
-        batch, channels, height, width = x.shape
-        win_h, win_w = self.window_size
-        rows, cols = height // win_h, width // win_w
-        windows = x.reshape(batch, channels, rows, win_h, cols, win_w)
-        # (B, windows, h * w, C)
-        windows = windows.permute(0, 2, 4, 3, 5, 1).reshape(
-            batch, rows * cols, win_h * win_w, channels
-        )
+    def _attend(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        """(windows, h * w, C + 2 Ckv) -> (windows, h * w, C)."""
         q, k, v = (
-            self.proj_qkv(windows)
-            .unflatten(3, (self.num_heads + 2 * self.num_kv_heads, -1))
-            .transpose(2, 3)
-            .split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
+            qkv.unflatten(2, (self.num_heads + 2 * self.num_kv_heads, -1))
+            .transpose(1, 2)
+            .split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         )
-        k, v = (repeat_kv(t.flatten(0, 1), self.num_heads) for t in (k, v))
         out = F.scaled_dot_product_attention(
             q,
-            k.unflatten(0, q.shape[:2]),
-            v.unflatten(0, q.shape[:2]),
-            attn_mask=self._bias(mask).to(q.dtype),
+            repeat_kv(k, self.num_heads),
+            repeat_kv(v, self.num_heads),
+            attn_mask=bias.to(q.dtype).unsqueeze(0),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
-        out = self.proj_drop(self.proj_out(out.transpose(2, 3).flatten(3)))
-        out = out.reshape(batch, rows, cols, win_h, win_w, channels)
-        return out.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)
+        return out.transpose(1, 2).flatten(2)
 
-    def _bias(self, mask: Tensor | None) -> Tensor:
-        """(heads, h * w, h * w), or (windows, heads, h * w, h * w) with a mask."""
-        table = self.relative_position_bias_table
-        bias = table[self.relative_position_index].permute(2, 0, 1)
-        return bias if mask is None else bias + mask.unsqueeze(1)
+    def _biases(self) -> tuple[Tensor, ...]:
+        """(heads, h * w, h * w) for each kind of window."""
+        table, index = self.relative_position_bias_table, self.relative_position_index
+        bias = table[index].permute(2, 0, 1).unsqueeze(0)
+        if self.masks is not None:
+            bias = bias + self.masks.unsqueeze(1)
+        # Fused kernels would copy a bias whose rows are not aligned.
+        padded = F.pad(bias, (0, -len(index) % BIAS_ALIGNMENT))
+        return padded[..., : len(index)].unbind(0)
 
 
 @MODELS.register_module()
@@ -156,32 +157,18 @@ class ShiftedWindowAttention(WindowAttention):
         if min(self.window_size) < 2:
             raise ValueError(f'window_size must be at least 2, got {self.window_size}')
         self.shift = tuple(math.ceil(side / 2) for side in self.window_size)
+        self.masks = self._region_masks()
 
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        x = self._pad(x)
-        mask = self._region_mask(x)
-        x = torch.roll(x, tuple(-s for s in self.shift), dims=(2, 3))
-        x = torch.roll(self._attend(x, mask), self.shift, dims=(2, 3))
-        return x[..., :height, :width]
-
-    def _region_mask(self, x: Tensor) -> Tensor:
-        """(windows, h * w, h * w): 0 within a region of the map, else masked."""
-        regions = [
-            self._region(side, window, shift, x)
-            for side, window, shift in zip(
-                x.shape[2:], self.window_size, self.shift, strict=True
-            )
-        ]
-        win_h, win_w = self.window_size
-        region = 3 * regions[0][:, None] + regions[1]
-        region = region.unflatten(1, (-1, win_w)).unflatten(0, (-1, win_h))
-        region = region.transpose(1, 2).flatten(2).flatten(0, 1)
-        same = region.unsqueeze(1) == region.unsqueeze(2)
-        return torch.zeros_like(same, dtype=x.dtype).masked_fill_(~same, MASKED_LOGIT)
-
-    @staticmethod
-    def _region(side: int, window: int, shift: int, x: Tensor) -> Tensor:
-        """Region of each row (or column) of the shifted map: 0, 1 or 2."""
-        index = torch.arange(side, device=x.device)
-        return (index >= side - window).long() + (index >= side - shift).long()
+    def _region_masks(self) -> Tensor:
+        """(4, h * w, h * w) for each kind of window: MASKED_LOGIT between regions."""
+        # In the last row and column of windows, shifted-in pixels are a region.
+        row, col = (
+            torch.arange(side) >= side - shift
+            for side, shift in zip(self.window_size, self.shift, strict=True)
+        )
+        rows = row.repeat_interleave(len(col))
+        cols = col.repeat(len(row))
+        whole = torch.zeros_like(rows)
+        regions = torch.stack([whole, cols, rows, rows + 2 * cols.int()])
+        apart = regions.unsqueeze(1) != regions.unsqueeze(2)
+        return torch.zeros(apart.shape).masked_fill_(apart, MASKED_LOGIT)

@@ -3,6 +3,7 @@ import torch
 from golden import check_against_golden, load_golden, load_state, sub_dict
 from mmdet.registry import MODELS
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from deform_gqa.models import DAT, DeformableGQA, PyramidAttention, WindowAttention
@@ -204,6 +205,26 @@ def test_checkpointing_changes_nothing():
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    'arch',
+    [dict(), dict(block_types=('LS', 'PX', 'LD', 'DD'), conv_stem=False)],
+    ids=['dat++', 'windows'],
+)
+def test_compiles_once_for_all_image_sizes(arch):
+    model = mini(arch=arch, num_kv_heads=1, drop_path_rate=0.1, backend='torch')
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for size in [(224, 256), (256, 352), (230, 331)]:
+        x = torch.rand(2, 3, *size)
+        torch.manual_seed(1)
+        outs = compiled(x)
+        torch.manual_seed(1)
+        for out, expected in zip(outs, model(x), strict=True):
+            assert_close(out, expected)
+    assert counter.frame_count == 1
 
 
 def test_drop_path_rates_rise_linearly():

@@ -205,16 +205,16 @@ class TestDeformableGQA:
 
 class TestShiftedWindow:
     def test_shift_back_and_forth(self):
-        """Without masking, a rolled map gives the rolled result of plain windows."""
+        """Without masks, a rolled map gives the rolled result of plain windows."""
         module = ShiftedWindowAttention(DIM, HEADS, window_size=4).double()
-        x = draw(1, DIM, 8, 12)
-        mask = module._region_mask(x)
-        # Inner windows see themselves alone; those at the border are cut in parts.
-        assert not mask[0].any()
-        assert mask[-1].any()
-        plain = module._attend(torch.roll(x, (-2, -2), (2, 3)), mask=None)
-        inner = module(x)[..., 2:6, 2:6]
-        assert_close(torch.roll(plain, (2, 2), (2, 3))[..., 2:6, 2:6], inner)
+        plain = WindowAttention(DIM, HEADS, window_size=4).double()
+        plain.load_state_dict(module.state_dict())
+        x = draw(2, DIM, 8, 12)
+        rolled = plain(torch.roll(x, (-2, -2), (2, 3)))
+        assert module.masks.any()
+        assert not torch.allclose(module(x), torch.roll(rolled, (2, 2), (2, 3)))
+        module.masks.zero_()
+        assert_close(module(x), torch.roll(rolled, (2, 2), (2, 3)))
 
     def test_regions_do_not_mix(self):
         """The map's last rows see nothing of its first ones."""

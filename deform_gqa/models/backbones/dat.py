@@ -38,7 +38,8 @@ class DAT(BaseModule):
         attn_drop_rate: Dropout of attention weights, in [0, 1).
         drop_path_rate: Stochastic depth of the last block, in [0, 1); earlier blocks
             less, linearly.
-        with_cp: Activation checkpointing of every block.
+        with_cp: Activation checkpointing of every block, or one flag a stage: the
+            first stages hold most of the activations.
         frozen_stages: -1 for none, 0 for the stem, n for the stem and n stages.
         norm_eval: Keep batch norms (of overriding attention classes) in eval mode.
         backend: Backend of the attention ops: 'auto', 'naive', 'torch' or 'triton'.
@@ -63,7 +64,7 @@ class DAT(BaseModule):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        with_cp: bool = False,
+        with_cp: bool | Sequence[bool] = False,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         backend: str = 'auto',
@@ -73,7 +74,8 @@ class DAT(BaseModule):
         self.arch = resolve_arch(arch)
         attention = {} if attention is None else attention
         check_letters(self.arch['block_types'], attention)
-        kv_heads = self._kv_heads(num_kv_heads)
+        kv_heads = self._by_stage('num_kv_heads', num_kv_heads)
+        checkpointed = self._by_stage('with_cp', with_cp)
         self._check(out_indices, frozen_stages)
         for name, rate in (
             ('drop_rate', drop_rate),
@@ -98,7 +100,7 @@ class DAT(BaseModule):
                 attention=attention,
                 drop_path_rates=rates[sum(depths[:i]) : sum(depths[: i + 1])],
                 drop_rate=drop_rate,
-                with_cp=with_cp,
+                with_cp=checkpointed[i],
                 num_kv_heads=kv_heads[i],
                 attn_drop=attn_drop_rate,
                 proj_drop=drop_rate,
@@ -120,14 +122,14 @@ class DAT(BaseModule):
         )
         self._freeze()
 
-    def _kv_heads(self, num_kv_heads) -> Sequence[int | None]:
-        if num_kv_heads is None or isinstance(num_kv_heads, int):
-            return (num_kv_heads,) * NUM_STAGES
-        if len(num_kv_heads) != NUM_STAGES:
-            raise ValueError(
-                f'num_kv_heads must be one number or {NUM_STAGES}, got {num_kv_heads}'
-            )
-        return num_kv_heads
+    @staticmethod
+    def _by_stage(name: str, value) -> Sequence:
+        """``value`` for every stage, or what it says of each."""
+        if value is None or isinstance(value, int):
+            return (value,) * NUM_STAGES
+        if len(value) != NUM_STAGES:
+            raise ValueError(f'{name} must be one value or {NUM_STAGES}, got {value}')
+        return value
 
     @staticmethod
     def _check(out_indices: Sequence[int], frozen_stages: int) -> None:

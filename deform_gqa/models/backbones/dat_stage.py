@@ -99,7 +99,7 @@ class DATStage(nn.Module):
 
     def _block(self, x: Tensor, d: int) -> Tensor:
         if self.use_lpu:
-            x = x + self.local_perception_units[d](x)
+            x = self.local_perception_units[d](x).add_(x)
         drop_path = self.drop_path[d]
         if self.letters[d] == 'X':
             out = self.mlps[d](self.ln_cnvnxt[str(d)](self.attns[d](x)))

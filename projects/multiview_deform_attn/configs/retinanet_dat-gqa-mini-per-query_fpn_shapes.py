@@ -22,7 +22,14 @@ model = dict(
         ),
     )
 )
-# The offsets' starting points are places, which should not decay to zero.
+# Offsets are in pixels of the map, where the shared ones of DAT are in halves of it: they
+# need larger steps to get as far. Starting points are places, which should not decay.
+block = 'backbone.stages.2.attns.1'
 optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys={'base_offset': dict(decay_mult=0.0)})
+    paramwise_cfg=dict(
+        custom_keys={
+            f'{block}.base_offset': dict(lr_mult=10.0, decay_mult=0.0),
+            f'{block}.conv_offset.3': dict(lr_mult=10.0),
+        }
+    )
 )

@@ -198,13 +198,14 @@ def test_kv_heads_by_stage():
 def test_checkpointing_changes_nothing():
     x = torch.rand(1, 3, 64, 64)
     grads = []
-    for with_cp in (False, True):
+    for with_cp in (False, True, (True, False, False, True)):
         model = mini(with_cp=with_cp, drop_path_rate=0.3, drop_rate=0.1)
         torch.manual_seed(1)
         sum(out.square().sum() for out in model(x)).backward()
         grads.append([p.grad for p in model.parameters()])
-    for a, b in zip(*grads, strict=True):
-        assert_close(a, b)
+    for plain, *checkpointed in zip(*grads, strict=True):
+        for grad in checkpointed:
+            assert_close(grad, plain)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +334,7 @@ class TestAttentionOverrides:
         ),
         (dict(arch=MINI, num_kv_heads=3), ValueError, 'num_kv_heads=3'),
         (dict(arch=MINI, num_kv_heads=(1, 1)), ValueError, r'got \(1, 1\)'),
+        (dict(arch=MINI, with_cp=(True,)), ValueError, r'with_cp must .* \(True,\)'),
         (dict(arch=MINI, out_indices=(4,)), ValueError, r'out_indices .* got \(4,\)'),
         (dict(arch=MINI, out_indices=()), ValueError, 'out_indices'),
         (dict(arch=MINI, frozen_stages=5), ValueError, 'frozen_stages .* got 5'),

@@ -7,14 +7,12 @@ import cv2
 import numpy as np
 import pytest
 
-from deform_gqa.datasets import shapes
-from deform_gqa.datasets.shapes import (
-    CLASSES,
-    ShapesConfig,
-    generate_dataset,
+from deform_gqa.datasets import shapes, shapes_drawing
+from deform_gqa.datasets.shapes import generate_dataset, sample_annotations
+from deform_gqa.datasets.shapes_config import CLASSES, ShapesConfig
+from deform_gqa.datasets.shapes_drawing import (
     make_sample,
     render_background,
-    sample_annotations,
     shape_polygon,
 )
 
@@ -61,7 +59,7 @@ def test_outlines_of_unknown_classes_are_refused():
 @pytest.mark.parametrize('name', CLASSES)
 def test_rasterised_area_is_the_area_asked_for(name):
     polygon = shape_polygon(name) * 50 + (7.3, -4.8)
-    mask = shapes._rasterise(polygon).mask
+    mask = shapes_drawing._rasterise(polygon).mask
     # fillPoly also fills the pixels that the outline only touches.
     assert 2500 <= mask.sum() <= 2500 * 1.1
     for border in (mask[0], mask[-1], mask[:, 0], mask[:, -1]):

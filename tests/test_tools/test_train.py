@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deform_gqa.datasets.shapes import ShapesConfig, generate_dataset
+from deform_gqa.datasets.shapes import generate_dataset
+from deform_gqa.datasets.shapes_config import ShapesConfig
 from deform_gqa.engine import load_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from deform_gqa.datasets.shapes import ShapesConfig, generate_dataset
+from deform_gqa.datasets.shapes import generate_dataset
+from deform_gqa.datasets.shapes_config import ShapesConfig
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,0 +1,93 @@
+"""Parameters of the synthetic shapes dataset (``shapes.py``)."""
+
+from dataclasses import asdict, dataclass
+from numbers import Integral, Real
+from typing import Any
+
+CLASSES = ('circle', 'square', 'triangle', 'star', 'cross', 'crescent')
+SPLITS = ('train', 'val')
+MIN_IMAGE_SIZE = 32
+
+# Raise it with every change that alters a byte of the output.
+GENERATOR = 'deform_gqa.datasets.shapes'
+GENERATOR_VERSION = 2
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    """Parameters of a dataset; checked when made.
+
+    Args:
+        num_train: images of the split ``train``, >= 0.
+        num_val: images of the split ``val``, >= 0; one of the two must be positive.
+        image_size: (width, height) in pixels, each >= 32.
+        seed: >= 0.
+        min_objects: fewest shapes an image is planned with, >= 0.
+        max_objects: most shapes in an image, >= 1 and >= ``min_objects``.
+        min_visible: smallest visible share of a shape's area, in (0, 1].
+
+    Raises:
+        TypeError: if a value has the wrong type.
+        ValueError: if a value is out of range.
+    """
+
+    num_train: int = 1000
+    num_val: int = 80
+    image_size: tuple[int, int] = (192, 192)
+    seed: int = 0
+    min_objects: int = 1
+    max_objects: int = 8
+    min_visible: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ('num_train', 'num_val', 'seed', 'min_objects'):
+            check_int(name, getattr(self, name), 0)
+        check_int('max_objects', self.max_objects, 1)
+        if self.num_train == 0 and self.num_val == 0:
+            raise ValueError('num_train and num_val are both 0, nothing to generate')
+        if self.max_objects < self.min_objects:
+            raise ValueError(
+                f'max_objects must be at least min_objects ({self.min_objects}), '
+                f'got {self.max_objects}'
+            )
+        if not isinstance(self.image_size, tuple | list) or len(self.image_size) != 2:
+            raise TypeError(
+                f'image_size must be (width, height), got {self.image_size!r}'
+            )
+        for side in self.image_size:
+            check_int('image_size', side, MIN_IMAGE_SIZE)
+        if isinstance(self.min_visible, bool) or not isinstance(self.min_visible, Real):
+            raise TypeError(f'min_visible must be a number, got {self.min_visible!r}')
+        if not 0 < self.min_visible <= 1:
+            raise ValueError(f'min_visible must be in (0, 1], got {self.min_visible}')
+        self._use_plain_numbers()
+
+    def _use_plain_numbers(self) -> None:
+        """Turn NumPy's numbers into Python's, which JSON can hold."""
+        for name in ('num_train', 'num_val', 'seed', 'min_objects', 'max_objects'):
+            object.__setattr__(self, name, int(getattr(self, name)))
+        width, height = self.image_size
+        object.__setattr__(self, 'image_size', (int(width), int(height)))
+        object.__setattr__(self, 'min_visible', float(self.min_visible))
+
+    def num_images(self, split: str) -> int:
+        """Number of images of a split."""
+        return {'train': self.num_train, 'val': self.num_val}[split]
+
+    def metadata(self) -> dict[str, Any]:
+        """All that decides the output, as it is recorded in ``shapes.json``."""
+        return {
+            'generator': GENERATOR,
+            'version': GENERATOR_VERSION,
+            'classes': list(CLASSES),
+            **asdict(self),
+            'image_size': list(self.image_size),
+        }
+
+
+def check_int(name: str, value: object, minimum: int) -> None:
+    """Raises TypeError or ValueError with the name and the value."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f'{name} must be an integer, got {value!r}')
+    if value < minimum:
+        raise ValueError(f'{name} must be at least {minimum}, got {value}')

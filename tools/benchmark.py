@@ -19,7 +19,16 @@ from deform_gqa.benchmark.errors import GateError, OptionError
 
 # Modules with DESCRIPTION, add_arguments(parser) and run(args, command); each is
 # imported only when it is named, so that a suite needs its own packages alone.
-SUITES = {'op': 'deform_gqa.benchmark.op_suite'}
+SUITES = {
+    'op': 'deform_gqa.benchmark.op_suite',
+    'layer': 'deform_gqa.benchmark.layer_suite',
+    'backbone': 'deform_gqa.benchmark.backbone_suite',
+    'detector': 'deform_gqa.benchmark.detector_suite',
+    'gqa-sweep': 'deform_gqa.benchmark.gqa_sweep_suite',
+    'dataloader': 'deform_gqa.benchmark.dataloader_suite',
+    'compare': 'deform_gqa.benchmark.compare_suite',
+    'hook-overhead': 'deform_gqa.benchmark.hook_suite',
+}
 EXIT_WRONG_RESULTS = 1
 EXIT_BAD_OPTION = 2
 
@@ -40,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     suite.add_arguments(parser)
     args = parser.parse_args(argv[1:])
     try:
-        suite.run(args, shlex.join(['python', 'tools/benchmark.py', *argv]))
+        code = suite.run(args, shlex.join(['python', 'tools/benchmark.py', *argv]))
     except OptionError as error:
         print(f'{parser.prog}: error: {error}', file=sys.stderr)
         return EXIT_BAD_OPTION
     except GateError as error:
         print(f'{parser.prog}: nothing reported: {error}', file=sys.stderr)
         return EXIT_WRONG_RESULTS
-    return 0
+    return 0 if code is None else code
 
 
 if __name__ == '__main__':

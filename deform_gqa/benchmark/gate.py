@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .errors import GateError
 from .op_cases import OpCase
-from .op_peers import BASELINE, Call, make_call
+from .op_peers import BASELINE, Call, inputs_of, make_call
 
 # Pairs of a checked case: naive in double precision on all of stage 1 is quick on a
 # GPU only.
@@ -29,8 +29,9 @@ class Results:
     def errors(self, reference: 'Results') -> dict[str, float]:
         """Largest error of each, relative to the largest reference value."""
         errors = {}
-        for name, wanted in reference.tensors.items():
-            error = (self.tensors[name].double() - wanted).abs().max()
+        for name, found in self.tensors.items():
+            wanted = reference.tensors[name]
+            error = (found.double() - wanted).abs().max()
             scale = wanted.abs().max().clamp(min=1e-30)
             errors[name] = (error / scale).item()
         return errors
@@ -47,10 +48,11 @@ def leaves(
 
 
 def run(call: Call, inputs: Mapping[str, Tensor], grad_out: Tensor) -> Results:
-    """Output and gradients of all inputs."""
+    """Output and gradients of all inputs that require them."""
     out = call(inputs)
-    grads = torch.autograd.grad(out, list(inputs.values()), grad_out.to(out.dtype))
-    named = {f'grad_{n}': g for n, g in zip(inputs, grads, strict=True)}
+    sources = {name: x for name, x in inputs.items() if x.requires_grad}
+    grads = torch.autograd.grad(out, list(sources.values()), grad_out.to(out.dtype))
+    named = {f'grad_{n}': g for n, g in zip(sources, grads, strict=True)}
     return Results({'out': out.detach(), **named})
 
 
@@ -83,7 +85,8 @@ class Gate:
         reference = run(naive, exact, grad_out.double())
         allowed = run(naive, inputs, grad_out).errors(reference)
         call = make_call(case, backend)
-        errors = run(call, leaves(inputs, None), grad_out).errors(reference)
+        inputs = inputs_of(backend, leaves(inputs, None))
+        errors = run(call, inputs, grad_out).errors(reference)
         wrong = [
             f'{name} is off by {errors[name]:.1e} (naive: {allowed[name]:.1e})'
             for name in errors

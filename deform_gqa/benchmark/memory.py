@@ -44,9 +44,10 @@ def unmeasurable_reason(device: torch.device) -> str | None:
     return None
 
 
-def _return_free_memory() -> None:
+def _return_free_memory(collect: bool) -> None:
     """Give freed heap pages back, else they would hide in the baseline."""
-    gc.collect()
+    if collect:
+        gc.collect()
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)  # glibc has it, musl not
     if trim is not None:
         trim(0)
@@ -57,10 +58,15 @@ class PeakMemory:
 
     On a CPU that is the peak of resident memory of the whole process, on CUDA the
     peak of the caching allocator. None where it cannot be measured.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+        collect: Collect garbage first, which takes long beside large packages.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, collect: bool = True):
         self.device = device
+        self.collect = collect
         self.extra_mib: float | None = None
         self._reason = unmeasurable_reason(device)
 
@@ -72,7 +78,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device) / _MIB
         else:
-            _return_free_memory()
+            _return_free_memory(self.collect)
             _CLEAR_REFS.write_text(_RESET_PEAK)
             self._before = _read_mib(_STATUS, 'VmRSS')
         return self

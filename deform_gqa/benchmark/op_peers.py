@@ -2,7 +2,8 @@
 
 'naive' is the eager official formulation and the yardstick of every table.
 'sdpa-bias' is torch's fused attention with the bias of all pairs in memory,
-'flex' is FlexAttention with the bias computed in its score function.
+'flex' is FlexAttention with the bias computed in its score function. 'published' is
+the fused kernel of deform_sdpa that others published, see ``published_sdpa``.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from torch import Tensor
 from deform_gqa import ops
 from deform_gqa.ops import naive
 
+from . import published_sdpa
 from .flex_peers import (
     FlexDeformAttn,
     FlexNeighborhoodAttn,
@@ -25,7 +27,7 @@ from .sdpa_cases import DeformSdpaCase
 
 BASELINE = 'naive'
 OWN_BACKENDS = ('naive', 'torch', 'triton')
-PEERS = ('sdpa-bias', 'flex')
+PEERS = ('sdpa-bias', 'flex', published_sdpa.NAME)
 BACKENDS = OWN_BACKENDS + PEERS
 
 Call = Callable[[Mapping[str, Tensor]], Tensor]
@@ -43,10 +45,26 @@ def unsupported_reason(
             case.op, backend, device=device, dtype=dtype, head_dim=case.head_dim
         )
     if isinstance(case, DeformSdpaCase):
+        if backend == published_sdpa.NAME:
+            return published_sdpa.unsupported_reason(case, device, dtype)
         return f'{backend} cannot sample keys for each query'
+    if backend == published_sdpa.NAME:
+        return f'the published kernel computes {DeformSdpaCase.op} alone'
     if backend == 'flex' and device.type != 'cuda':
         return 'FlexAttention has no backward pass on CPUs'
     return None
+
+
+def default_backends() -> tuple[str, ...]:
+    """All, the published kernel only if the user has it."""
+    absent = published_sdpa.NAME if published_sdpa.folder() is None else None
+    return tuple(backend for backend in BACKENDS if backend != absent)
+
+
+def inputs_of(backend: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs, those detached that ``backend`` has no gradients of."""
+    constant = published_sdpa.WITHOUT_GRADIENT if backend == published_sdpa.NAME else ()
+    return {n: x.detach() if n in constant else x for n, x in inputs.items()}
 
 
 def materialised_mib(case: OpCase, backend: str) -> float:
@@ -104,6 +122,8 @@ def make_call(case: OpCase, backend: str) -> Call:
         if backend == 'flex':
             return FlexNeighborhoodAttn(case, compiled_flex_attention())
         return lambda tensors: sdpa_neighborhood_attn(case, tensors)
+    if isinstance(case, DeformSdpaCase) and backend == published_sdpa.NAME:
+        return published_sdpa.call(case)
     raise ValueError(f'{backend!r} is not written for {case.op}')
 
 

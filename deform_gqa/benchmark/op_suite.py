@@ -10,17 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import plots, tables
+from . import panels, plots, tables
+from .common_options import DTYPES
 from .environment import describe_environment
-from .errors import GateError
+from .errors import GateError, one_line
 from .floors import Floor, count_work, device_peaks, floor_time
 from .gate import Gate
 from .memory import PeakMemory
 from .op_cases import CASES, OpCase, select_cases
-from .op_options import DTYPES, OpOptions, add_arguments, resolve
+from .op_options import OpOptions, add_arguments, resolve
 from .op_peers import (
     PEERS,
     Call,
+    inputs_of,
     make_call,
     out_of_memory_reason,
     unsupported_reason,
@@ -44,8 +46,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         GateError: If a backend computes wrongly; nothing is reported then.
     """
     options = resolve(args)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options.use_threads()
     suite = OpSuite(options)
     suite.check()
     if options.gate_only:
@@ -70,7 +71,7 @@ def write(report: Report, markdown: str, out_dir: Path) -> None:
     """op.json, op.md and a PNG an op."""
     report.save(out_dir / 'op.json')
     (out_dir / 'op.md').write_text(markdown)
-    reason = plots.unavailable_reason()
+    reason = panels.unavailable_reason()
     paths = plots.save_op_figures(report, out_dir) if reason is None else []
     names = ['op.json', 'op.md', *(path.name for path in paths)]
     print(f'written to {out_dir}: {", ".join(names)}')
@@ -184,6 +185,7 @@ class OpSuite:
 
     def _measure(self, timer: Timer, case: OpCase, row: Row) -> Row:
         inputs = case.make_inputs(self.device, self.dtype)
+        inputs = inputs_of(row.backend, inputs)
         call = timed_call(make_call(case, row.backend), inputs, row.direction)
         count = timer.warm_up(call)
         with PeakMemory(self.device) as memory:
@@ -201,8 +203,7 @@ class OpSuite:
         try:
             work()
         except expected as error:
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return f'{type(error).__name__}: {text}'[:200]
+            return one_line(error)
         return None
 
 
@@ -232,7 +233,7 @@ def timed_call(
 
         return forward
     grad_out = torch.randn_like(inputs['q'])
-    leaves = list(inputs.values())
+    leaves = [x for x in inputs.values() if x.requires_grad]
 
     def forward_backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(call(inputs), leaves, grad_out)

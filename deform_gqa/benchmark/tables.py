@@ -6,12 +6,11 @@ from .op_cases import STAGES_OF
 from .op_peers import BASELINE
 from .report import Report, Row
 from .sdpa_cases import OP as SDPA
-from .timing import Timing
 
 _PLACE_HEADER = ('stage', 'image')
 _SDPA_PLACE_HEADER = ('map', 'views', 'points')
 _CASE_HEADER = ('batch', 'kv heads', 'queries x keys', 'direction')
-_ROW_HEADER = (
+ROW_HEADER = (
     'backend',
     'median ms',
     'p20 - p80 ms',
@@ -28,7 +27,10 @@ _SAMPLE_TITLE = (
     ', and what it gathers (and scatters) if it samples vectors, which is no limit: it '
     'comes from caches, and products of whole maps can replace it'
 )
-_ENVIRONMENT = ('torch', 'triton', 'cuda', 'python', 'deform_gqa', 'commit', 'date')
+_ENVIRONMENT = (
+    *('torch', 'triton', 'cuda', 'python', 'mmengine', 'mmcv', 'mmdet'),
+    *('deform_gqa', 'commit', 'date'),
+)
 
 
 def number(value: float) -> str:
@@ -42,13 +44,25 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
+def without_empty_columns(
+    header: Sequence[str], lines: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and lines, less the columns in which no line has a text."""
+    kept = [i for i in range(len(header)) if any(line[i] for line in lines)]
+    return [header[i] for i in kept], [[line[i] for i in kept] for line in lines]
+
+
 def _ratio(top: float | None, bottom: float | None) -> str:
     if top is None or not bottom:
         return ''
     return f'{number(top / bottom)}x'
 
 
-def _measured_cells(report: Report, row: Row, timing: Timing) -> list[str]:
+def measured_cells(report: Report, row: Row) -> list[str]:
+    """Time and memory of a row that has a timing, beside those of the baseline."""
+    timing = row.timing
+    if timing is None:
+        raise ValueError(f'{row.case} {row.backend} was not measured')
     base = report.row(row.case, BASELINE, row.direction)
     faster = smaller = ''
     if base is not None and base.timing is not None:
@@ -98,18 +112,18 @@ def op_table(report: Report, op: str) -> str:
         if row.timing is None:
             continue
         cells = [*_case_cells(case), row.direction, row.backend]
-        cells += _measured_cells(report, row, row.timing)
+        cells += measured_cells(report, row)
         if floors:
             cells.append(_ratio(row.timing.median_ms * 1e3, row.least_us))
         lines.append(cells)
-    header = _case_header(op) + _ROW_HEADER + (_FLOOR_HEADER if floors else ())
+    header = _case_header(op) + ROW_HEADER + (_FLOOR_HEADER if floors else ())
     return markdown_table(header, lines)
 
 
-def missing_list(report: Report, op: str) -> str | None:
+def missing_lines(rows: Iterable[Row]) -> str | None:
     """What was not measured and why, one line for each reason."""
     cases: dict[tuple[str, str, str], set[str]] = {}
-    for _, row in _rows_of(report, op):
+    for row in rows:
         if row.reason is not None:
             key = (row.backend, row.status, row.reason)
             cases.setdefault(key, set()).add(row.case)
@@ -219,21 +233,29 @@ def title(report: Report) -> str:
     return ', '.join(parts)
 
 
+def environment_lines(report: Report) -> list[str]:
+    """Versions, commit, date and load."""
+    env = report.environment
+    found = {name: env[name] for name in _ENVIRONMENT if env.get(name)}
+    versions = ', '.join(f'{name} {value}' for name, value in found.items())
+    return [
+        f'{versions}. Load average before measuring: {env["load_average"]} on '
+        f'{env["cpu_count"]} cores.'
+    ]
+
+
 def op_markdown(report: Report) -> str:
     """The whole report of the op suite."""
-    env = report.environment
-    versions = ', '.join(f'{name} {env[name]}' for name in _ENVIRONMENT if env[name])
     parts = [
         f'# Ops: {title(report)}',
         f'`{report.command}`',
-        f'{versions}. Load average before measuring: {env["load_average"]} on '
-        f'{env["cpu_count"]} cores.',
+        *environment_lines(report),
         'Medians over the samples; memory is the peak during a call over the use '
         'before it. Each backend passed the comparison with `naive` first.',
     ]
     for op in dict.fromkeys(case['op'] for case in report.cases):
         parts += [f'## {op}', op_table(report, op)]
-        missing = missing_list(report, op)
+        missing = missing_lines(row for _, row in _rows_of(report, op))
         if missing is not None:
             parts.append(missing)
         parts += [_WORK_TITLE + (_SAMPLE_TITLE if op == SDPA else '') + ':']

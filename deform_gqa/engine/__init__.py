@@ -6,11 +6,12 @@ from deform_gqa.engine.checkpoint_io import (
     load_checkpoint,
     use_safe_loading,
 )
-from deform_gqa.engine.hooks import ResumableCheckpointHook
+from deform_gqa.engine.hooks import ResumableCheckpointHook, RuntimeBenchmarkHook
 
 __all__ = [
     'BFloat16OptimWrapper',
     'ResumableCheckpointHook',
+    'RuntimeBenchmarkHook',
     'check_checkpoint',
     'load_checkpoint',
     'use_safe_loading',

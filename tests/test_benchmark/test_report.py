@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from deform_gqa.benchmark import plots, tables
+from deform_gqa.benchmark import panels, plots, tables
 from deform_gqa.benchmark.floors import DIRECTIONS, count_work
 from deform_gqa.benchmark.op_cases import CASES, select_cases
 from deform_gqa.benchmark.report import Report, Row
@@ -147,7 +147,7 @@ def test_picture_texts():
     labels = [text.get_text() for text in time.get_yticklabels()]
     assert labels[:2] == ['stage 1, all kv heads', 'stage 1, 1 of 2 kv heads']
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert sorted(legend) == sorted(['naive', 'torch', plots.FLOOR_LABEL])
+    assert sorted(legend) == sorted(['naive', 'torch', panels.FLOOR_LABEL])
 
 
 def make_sdpa_report():

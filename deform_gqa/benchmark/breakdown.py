@@ -1,0 +1,216 @@
+"""Time and peak memory of a backbone by part: attention by block letter, MLPs, norms.
+
+Times come from ``ModuleTimer``, memory from a pass of its own with a counter around
+each module, as both would disturb each other.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deform_gqa.models.backbones import DAT
+
+from .memory import PeakMemory, unmeasurable_reason
+from .model_measure import FORWARD, ModelCase, Unsupported, Workload, tensors_of
+from .model_options import ModelOptions
+from .module_timing import ModuleTimer
+from .progress import progress
+from .report import Row
+from .timing import Timer, Timing
+
+ALL, REST = 'all', 'rest'
+Groups = dict[str, list[nn.Module]]
+
+
+def type_groups(model: nn.Module) -> Groups:
+    """Disjoint groups of modules by what they are; children of a stock backbone."""
+    if not isinstance(model, DAT):
+        return {name: list(_members(child)) for name, child in model.named_children()}
+    groups: Groups = {'stem': [model.patch_proj]}
+    for _, name, module in _stage_parts(model):
+        groups.setdefault(name, []).append(module)
+    groups['downsampling'] = list(model.down_projs)
+    groups['output norms'] = [model.norms[i] for i in model.out_indices]
+    return groups
+
+
+def stage_groups(model: nn.Module) -> Groups:
+    """The parts of each stage of a DAT; none for a stock backbone."""
+    groups: Groups = {}
+    if isinstance(model, DAT):
+        for stage, name, module in _stage_parts(model):
+            groups.setdefault(f'stage {stage} {name}', []).append(module)
+    return groups
+
+
+def _stage_parts(model: DAT) -> Iterator[tuple[int, str, nn.Module]]:
+    """(stage from 1, what it is, module)."""
+    for number, stage in enumerate(model.stages, start=1):
+        for letter, module in zip(stage.letters, stage.attns, strict=True):
+            yield number, f'{letter}: {type(module).__name__}', module
+        lists = {'MLP': stage.mlps, 'norms': stage.layer_norms}
+        lists['LPU'] = stage.local_perception_units
+        for name, modules in lists.items():
+            for module in modules:
+                if not isinstance(module, nn.Identity):
+                    yield number, name, module
+
+
+def _members(module: nn.Module) -> Iterator[nn.Module]:
+    """The module, or those of a list, which is never called itself."""
+    if isinstance(module, nn.ModuleList):
+        for member in module:
+            yield from _members(member)
+    else:
+        yield module
+
+
+def measure_parts(
+    cases: Sequence[ModelCase], options: ModelOptions
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows of every part of every case, backend and direction; what they stand for."""
+    timer = Timer(options.device, options.sampling)
+    rows: list[Row] = []
+    described: dict[str, dict[str, Any]] = {}
+    steps = len(cases) * len(options.backends) * len(options.directions)
+    with progress(steps) as step:
+        for case in cases:
+            for backend in options.backends:
+                torch.manual_seed(0)
+                try:
+                    workload = case.build(backend)
+                except Unsupported as reason:
+                    rows += [
+                        Row(
+                            case.name,
+                            backend,
+                            direction,
+                            status='unsupported',
+                            reason=str(reason),
+                        )
+                        for direction in options.directions
+                    ]
+                    continue
+                for direction in options.directions:
+                    step(f'{case.name} {workload.backend} {direction}')
+                    parts = _measure(timer, workload, direction)
+                    for part, (timing, memory_mib, calls) in parts.items():
+                        name = f'{case.name}/{part}'
+                        rows.append(
+                            Row(
+                                name,
+                                workload.backend,
+                                direction,
+                                timing=timing,
+                                peak_memory_mib=memory_mib,
+                            )
+                        )
+                        fields = {**case.fields, 'batch': case.batch, 'part': part}
+                        described[name] = {'name': name, **fields, 'calls': calls}
+    return rows, list(described.values())
+
+
+def _measure(
+    timer: Timer, workload: Workload, direction: str
+) -> dict[str, tuple[Timing, float | None, int]]:
+    """Times, peak memory and calls by part, the whole and the rest included."""
+    model, call = workload.model, workload.calls[direction]
+    types, stages = type_groups(model), stage_groups(model)
+    groups = {**types, **stages}
+    times: dict[str, list[float]] = {name: [] for name in (*groups, REST, ALL)}
+    calls: dict[str, int] = {}
+    for _ in range(timer.warm_up(call)):
+        with ModuleTimer(groups, timer.device) as modules:
+            [total_ms] = timer.sample(call, 1).samples_ms
+        result = modules.result()
+        for name, part in result.items():
+            times[name].append(part.forward_ms + part.backward_ms)
+            calls[name] = part.calls
+        known_ms = sum(times[name][-1] for name in types)
+        times[REST].append(max(total_ms - known_ms, 0.0))
+        times[ALL].append(total_ms)
+    peaks = memory_by_group(call, groups, timer.device, backward=direction != FORWARD)
+    with PeakMemory(timer.device) as memory:
+        call()
+    peaks[ALL] = memory.extra_mib
+    return {
+        name: (Timing(tuple(taken)), peaks.get(name), calls.get(name, 1))
+        for name, taken in times.items()
+    }
+
+
+def memory_by_group(
+    call: Callable[[], Any],
+    groups: Mapping[str, Sequence[nn.Module]],
+    device: torch.device,
+    backward: bool,
+) -> dict[str, float | None]:
+    """Largest peak of a module's forward or backward over the use at its start."""
+    if unmeasurable_reason(device) is not None:
+        return {}
+    counters: dict[nn.Module, _ModuleMemory] = {}
+    for modules in groups.values():
+        for module in modules:
+            if module not in counters:
+                counters[module] = _ModuleMemory(module, device, backward)
+    call()
+    for counter in counters.values():
+        counter.remove()
+    return {
+        name: max((counters[module].peak_mib for module in modules), default=0.0)
+        for name, modules in groups.items()
+    }
+
+
+class _ModuleMemory:
+    """Peak memory around the calls of one module, and around their gradients."""
+
+    def __init__(self, module: nn.Module, device: torch.device, backward: bool):
+        self.device = device
+        self.backward = backward
+        self.peak_mib = 0.0
+        self.active: PeakMemory | None = None
+        self.handles = [
+            module.register_forward_pre_hook(self._before),
+            module.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        self._stop()
+        for handle in self.handles:
+            handle.remove()
+
+    def _start(self, *_: Any) -> None:
+        self._stop()
+        self.active = PeakMemory(self.device, collect=False).__enter__()
+
+    def _stop(self, *_: Any) -> None:
+        if self.active is not None:
+            self.active.__exit__()
+            self.peak_mib = max(self.peak_mib, self.active.extra_mib or 0.0)
+            self.active = None
+
+    def _before(self, _module: nn.Module, _inputs: Any) -> None:
+        self._start()
+
+    def _after(self, _module: nn.Module, inputs: Any, output: Any) -> None:
+        self._stop()
+        if not self.backward:
+            return
+        # The gradient of the output comes first, that of the input last.
+        self._hook(tensors_of(output), self._start)
+        self._hook(tensors_of(inputs), self._stop)
+
+    @staticmethod
+    def _hook(tensors: Sequence[Tensor], function: Callable[..., None]) -> None:
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(functools.partial(_quietly, function))
+
+
+def _quietly(function: Callable[..., None], _gradient: Tensor) -> None:
+    """A tensor hook that leaves the gradient as it is."""
+    function()

@@ -1,0 +1,129 @@
+"""Options that every suite has: where to run, how long to sample, where to write."""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .errors import OptionError
+from .timing import Sampling
+
+DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+QUICK_TIME_S = 0.2
+DEFAULT_TIME_S = 0.5
+# One thread: on busy cores the threads of a call wait for each other.
+QUICK_THREADS = 1
+MAX_SIDE = 16384
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
+    """The arguments of :class:`RunOptions`; ``quick`` says what --quick chooses."""
+    add = parser.add_argument
+    add('--device', help="'cpu' or 'cuda[:N]' (default: cuda where there is one)")
+    add('--threads', type=int, help="of a CPU (default: torch's choice, 1 if quick)")
+    add('--quick', action='store_true', help=f'{quick}, under a minute on 2 cores')
+    add('--repeats', type=int, help='samples (default: as many as fill --min-time-s)')
+    add('--min-time-s', type=float, help='sampling time a row, at least 3 samples')
+    add('--time-limit-s', type=float, help='start no measurement after that time')
+    add('--out', metavar='DIR', help='write JSON, Markdown and PNG to this folder')
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Checked options; see :func:`add_run_arguments`."""
+
+    device: torch.device
+    sampling: Sampling
+    threads: int | None
+    time_limit_s: float | None
+    out: str | None
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        values = dataclasses.asdict(self)
+        del values['out']
+        return {**values, 'device': str(self.device)}
+
+    def use_threads(self) -> None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+
+
+def resolve_run(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of :class:`RunOptions` from checked arguments.
+
+    Raises:
+        OptionError: For the first wrong option.
+    """
+    device = parse_device(args.device)
+    for name in ('threads', 'repeats', 'min_time_s', 'time_limit_s'):
+        check_positive('--' + name.replace('_', '-'), [getattr(args, name)])
+    default_time_s = QUICK_TIME_S if args.quick else DEFAULT_TIME_S
+    threads = QUICK_THREADS if args.quick and args.threads is None else args.threads
+    return dict(
+        device=device,
+        sampling=Sampling(args.repeats, args.min_time_s or default_time_s),
+        threads=threads,
+        time_limit_s=args.time_limit_s,
+        out=args.out,
+    )
+
+
+def parse_size(text: str, option: str = '--sizes') -> tuple[int, int]:
+    """'800x1333' -> (800, 1333), height first.
+
+    Raises:
+        OptionError: For anything else.
+    """
+    match = re.fullmatch(r'(\d{1,5})x(\d{1,5})', text)
+    size = tuple(map(int, match.groups())) if match else (0, 0)
+    if not all(1 <= side <= MAX_SIDE for side in size):
+        raise OptionError(
+            f'{option} takes HEIGHTxWIDTH of 1 to {MAX_SIDE} pixels, got {text!r}'
+        )
+    return size[0], size[1]
+
+
+def one_of(option: str, values: Iterable, known: Iterable) -> tuple:
+    """The values, once each.
+
+    Raises:
+        OptionError: For the first that is not known.
+    """
+    known, values = list(known), tuple(dict.fromkeys(values))
+    for value in values:
+        if value not in known:
+            names = ', '.join(map(str, known))
+            raise OptionError(f'{option}: unknown {value!r}; there are {names}')
+    return values
+
+
+def parse_device(text: str | None) -> torch.device:
+    """The device named, by default a GPU where there is one.
+
+    Raises:
+        OptionError: For another kind of device, or one that is not there.
+    """
+    if text is None:
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if not re.fullmatch(r'cpu|cuda(:\d+)?', text):
+        raise OptionError(f"--device must be 'cpu' or 'cuda[:N]', got {text!r}")
+    device = torch.device(text)
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise OptionError(f'--device {text}: torch sees {count} CUDA devices')
+    return device
+
+
+def check_positive(option: str, values: Sequence[float | None]) -> None:
+    """None stands for an option that is not given.
+
+    Raises:
+        OptionError: For a number that is not positive and finite.
+    """
+    for value in values:
+        if value is not None and not 0 < value < float('inf'):
+            raise OptionError(f'{option} must be positive, got {value}')

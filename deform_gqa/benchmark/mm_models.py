@@ -1,0 +1,215 @@
+"""Models of MMDetection configs and registries, with the kv heads and backend asked."""
+
+import contextlib
+import copy
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+from mmengine.runner import load_checkpoint
+from mmengine.utils import get_installed_path
+from torch import nn
+
+import deform_gqa.models  # noqa: F401  registers them
+from deform_gqa.models.backbones.dat_arch import resolve_arch
+from deform_gqa.ops import unsupported_reason
+from deform_gqa.ops.backends import BACKENDS
+
+from .errors import OptionError
+from .model_measure import PLAIN, Unsupported
+from .model_options import AS_CONFIGURED, kv_head_count
+
+SCOPE = 'mmdet'
+# Ops behind the modules that have a backend; a module of others' is not asked.
+MODULE_OPS = {
+    'DeformableGQA': 'deform_attn',
+    'NeighborhoodAttention': 'neighborhood_attn',
+}
+
+
+def is_config(target: str) -> bool:
+    """Whether a target names a config file, ours or ``mmdet::...``."""
+    return target.endswith('.py')
+
+
+def load_config(target: str, cfg_options: Mapping[str, Any]) -> Config:
+    """Read a config and register what it needs.
+
+    Args:
+        target: A path, or 'mmdet::DIR/NAME.py' for a config that a package installed.
+        cfg_options: Settings to override.
+
+    Raises:
+        OptionError: If there is no such file.
+    """
+    path = target
+    if '::' in target:
+        package, path = target.split('::', maxsplit=1)
+        path = os.path.join(get_installed_path(package), '.mim', 'configs', path)
+    if not Path(path).is_file():
+        raise OptionError(f'config file {target!r} does not exist')
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict(dict(cfg_options))
+    register_stock_models()
+    return cfg
+
+
+def register_stock_models() -> None:
+    """MMDetection's own models; they need the compiled ops of mmcv."""
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+    init_default_scope(SCOPE)
+
+
+def is_registered(name: str) -> bool:
+    return MODELS.get(name) is not None
+
+
+def dicts_of(config: Any) -> Iterator[dict]:
+    """All nested dicts, the outermost first."""
+    if isinstance(config, dict):
+        yield config
+        for value in config.values():
+            yield from dicts_of(value)
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            yield from dicts_of(value)
+
+
+def without_pretrained(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy that downloads nothing: a benchmark needs no trained weights."""
+    config = copy.deepcopy(dict(config))
+    for part in dicts_of(config):
+        init_cfg = part.get('init_cfg')
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+            part['init_cfg'] = None
+    return config
+
+
+def build_model(
+    config: Mapping[str, Any], device: torch.device, checkpoint: str | None
+) -> nn.Module:
+    """The model in eval mode, with the initial weights of its config or a checkpoint's.
+
+    Raises:
+        OptionError: For a type that is not registered, or options that it refuses.
+    """
+    if not is_registered(config['type']):
+        raise OptionError(f'{config["type"]!r} is not registered in mmdet.registry')
+    try:
+        model = MODELS.build(ConfigDict(without_pretrained(config)))
+    except (TypeError, ValueError, KeyError) as error:
+        raise OptionError(f'{config["type"]} cannot be built: {error}') from error
+    with warnings_only():
+        if checkpoint is not None:
+            load_checkpoint(model, checkpoint, map_location='cpu')
+        elif hasattr(model, 'init_weights'):
+            model.init_weights()
+    return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def warnings_only() -> Iterator[None]:
+    """Quiet mmengine's log: init_weights writes three lines for each parameter."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def set_backend(
+    model: nn.Module, backend: str, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Let all our ops in a model run with a backend; returns its name, or ``PLAIN``.
+
+    An op that has no such backend keeps 'auto'.
+
+    Raises:
+        Unsupported: If no op of the model can run with it, with the reason.
+    """
+    modules = [m for m in model.modules() if getattr(m, 'backend', None) in BACKENDS]
+    if not modules:
+        return PLAIN
+    reasons = {}
+    for module in modules:
+        op = MODULE_OPS.get(type(module).__name__)
+        reason = None
+        if op is not None and backend != 'auto':
+            reason = unsupported_reason(op, backend, device=device, dtype=dtype)
+        if reason is None:
+            module.backend = backend
+        else:
+            module.backend = 'auto'
+            reasons[op] = reason
+    if all(module.backend != backend for module in modules):
+        raise Unsupported('; '.join(reasons.values()))
+    return backend
+
+
+def dat_parts(config: Mapping[str, Any]) -> list[dict]:
+    """The DAT backbones in a model config, with numbers of kv heads to set."""
+    return [part for part in dicts_of(config) if part.get('type') == 'DAT']
+
+
+def with_kv_heads(config: Mapping[str, Any], choice: str) -> dict[str, Any]:
+    """A copy of a model config whose DAT backbones have that many kv heads.
+
+    A number that a stage's query heads are no multiple of stands for the next smaller
+    one that they are.
+
+    Raises:
+        OptionError: If a number is asked of a model without a DAT backbone.
+    """
+    config = copy.deepcopy(dict(config))
+    if choice == AS_CONFIGURED:
+        return config
+    parts = dat_parts(config)
+    if not parts:
+        raise OptionError(
+            f'--kv-heads {choice}: the model has no DAT backbone, only '
+            f"'{AS_CONFIGURED}' is possible"
+        )
+    for part in parts:
+        part['num_kv_heads'] = [
+            kv_head_count(heads, choice) for heads in stage_heads(part)
+        ]
+    return config
+
+
+def stage_heads(dat_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Query heads of the four stages."""
+    try:
+        return tuple(resolve_arch(dat_config.get('arch', 't++'))['num_heads'])
+    except (TypeError, ValueError) as error:
+        raise OptionError(str(error)) from error
+
+
+def kv_heads_text(config: Mapping[str, Any]) -> str:
+    """'1 2 4 8 of 2 4 8 16' or 'all' for the first DAT of a config, '' without one."""
+    parts = dat_parts(config)
+    if not parts:
+        return ''
+    heads = stage_heads(parts[0])
+    kv_heads = parts[0].get('num_kv_heads')
+    if kv_heads is None:
+        kv_heads = heads
+    elif isinstance(kv_heads, int):
+        kv_heads = (kv_heads,) * len(heads)
+    if tuple(kv_heads) == heads:
+        return 'all'
+    return f'{join(kv_heads)} of {join(heads)}'
+
+
+def join(values) -> str:
+    return ' '.join(map(str, values))

@@ -1,9 +1,15 @@
-"""Measure ops: time, memory and distance from the limits of the device.
+"""Measure ops, layers, backbones, detectors and data: time, memory, FLOPs.
 
 Examples:
     python tools/benchmark.py op --quick
     python tools/benchmark.py op deform_attn --sizes 800x1333 --stages 1 --threads 1 \\
         --backends naive torch --out work_dirs/benchmark
+    python tools/benchmark.py layer DeformableGQA --stages 2 3 --backends naive torch
+    python tools/benchmark.py backbone t++ --sizes 480x640 --breakdown
+    python tools/benchmark.py detector mmdet::retinanet/retinanet_r50_fpn_1x_coco.py
+    python tools/benchmark.py gqa-sweep deform_sdpa --out work_dirs/benchmark
+    python tools/benchmark.py dataloader CONFIG --workers 0 1 2
+    python tools/benchmark.py compare BEFORE.json AFTER.json
 
 ``python tools/benchmark.py SUITE --help`` lists the options of a suite.
 tools/benchmark_results/README.md says how to read what comes out.

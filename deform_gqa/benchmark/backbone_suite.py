@@ -138,7 +138,11 @@ def backbone_case(
 ) -> ModelCase:
     kv_heads = mm_models.kv_heads_text(config)
     image = f'{size[0]}x{size[1]}'
-    fields = {'backbone': target, 'kv heads': kv_heads, 'image': image}
+    fields = {
+        'backbone': mm_models.short_name(target),
+        'kv heads': kv_heads,
+        'image': image,
+    }
     name = '/'.join(['backbone', *filter(None, fields.values()), f'b{batch}'])
     build = functools.partial(build_workload, config, size, batch, options)
     return ModelCase(name, fields, batch, build)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from deform_gqa.models.backbones import DAT
 
-from .memory import PeakMemory, unmeasurable_reason
+from .common_options import LATE, is_late
+from .memory import PeakMemory, quick_collections, unmeasurable_reason
 from .model_measure import FORWARD, ModelCase, Unsupported, Workload, tensors_of
 from .model_options import ModelOptions
 from .module_timing import ModuleTimer
@@ -68,49 +69,53 @@ def _members(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
+@quick_collections()
 def measure_parts(
     cases: Sequence[ModelCase], options: ModelOptions
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows of every part of every case, backend and direction; what they stand for."""
-    timer = Timer(options.device, options.sampling)
+    timer, deadline = Timer(options.device, options.sampling), options.deadline()
     rows: list[Row] = []
     described: dict[str, dict[str, Any]] = {}
-    steps = len(cases) * len(options.backends) * len(options.directions)
-    with progress(steps) as step:
-        for case in cases:
-            for backend in options.backends:
-                torch.manual_seed(0)
-                try:
-                    workload = case.build(backend)
-                except Unsupported as reason:
-                    rows += [
-                        Row(
-                            case.name,
-                            backend,
-                            direction,
-                            status='unsupported',
-                            reason=str(reason),
-                        )
-                        for direction in options.directions
-                    ]
+    plan = [(case, backend) for case in cases for backend in options.backends]
+    with progress(len(plan) * len(options.directions)) as step:
+        for case, backend in plan:
+            torch.manual_seed(0)
+            status, reason, workload = 'skipped', LATE, None
+            try:
+                workload = case.build(backend)
+            except Unsupported as unsupported:
+                status, reason = 'unsupported', str(unsupported)
+            for direction in options.directions:
+                if workload is None or is_late(deadline):
+                    row = Row(
+                        case.name, backend, direction, status=status, reason=reason
+                    )
+                    rows.append(row)
                     continue
-                for direction in options.directions:
-                    step(f'{case.name} {workload.backend} {direction}')
-                    parts = _measure(timer, workload, direction)
-                    for part, (timing, memory_mib, calls) in parts.items():
-                        name = f'{case.name}/{part}'
-                        rows.append(
-                            Row(
-                                name,
-                                workload.backend,
-                                direction,
-                                timing=timing,
-                                peak_memory_mib=memory_mib,
-                            )
-                        )
-                        fields = {**case.fields, 'batch': case.batch, 'part': part}
-                        described[name] = {'name': name, **fields, 'calls': calls}
+                step(f'{case.name} {workload.backend} {direction}')
+                for part, row, calls in _part_rows(timer, case, workload, direction):
+                    rows.append(row)
+                    fields = {**case.fields, 'batch': case.batch, 'part': part}
+                    described[row.case] = {'name': row.case, **fields, 'calls': calls}
     return rows, list(described.values())
+
+
+def _part_rows(
+    timer: Timer, case: ModelCase, workload: Workload, direction: str
+) -> Iterator[tuple[str, Row, int]]:
+    """(part, its row, its calls)."""
+    for part, (timing, memory_mib, calls) in _measure(
+        timer, workload, direction
+    ).items():
+        row = Row(
+            f'{case.name}/{part}',
+            workload.backend,
+            direction,
+            timing=timing,
+            peak_memory_mib=memory_mib,
+        )
+        yield part, row, calls
 
 
 def _measure(

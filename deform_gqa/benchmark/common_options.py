@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import re
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,18 +18,25 @@ DEFAULT_TIME_S = 0.5
 # One thread: on busy cores the threads of a call wait for each other.
 QUICK_THREADS = 1
 MAX_SIDE = 16384
+LATE = 'the time limit was reached'  # why a row is skipped
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
+    """What every suite that measures has; ``quick`` says what --quick chooses."""
+    add = parser.add_argument
+    add('--threads', type=int, help="of a CPU (default: torch's choice, 1 if quick)")
+    add('--quick', action='store_true', help=f'{quick}, under a minute on 2 cores')
+    add('--out', metavar='DIR', help='write JSON, Markdown and PNG to this folder')
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
-    """The arguments of :class:`RunOptions`; ``quick`` says what --quick chooses."""
+    """The arguments of :class:`RunOptions`."""
     add = parser.add_argument
     add('--device', help="'cpu' or 'cuda[:N]' (default: cuda where there is one)")
-    add('--threads', type=int, help="of a CPU (default: torch's choice, 1 if quick)")
-    add('--quick', action='store_true', help=f'{quick}, under a minute on 2 cores')
     add('--repeats', type=int, help='samples (default: as many as fill --min-time-s)')
     add('--min-time-s', type=float, help='sampling time a row, at least 3 samples')
     add('--time-limit-s', type=float, help='start no measurement after that time')
-    add('--out', metavar='DIR', help='write JSON, Markdown and PNG to this folder')
+    add_output_arguments(parser, quick)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +56,13 @@ class RunOptions:
         return {**values, 'device': str(self.device)}
 
     def use_threads(self) -> None:
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        use_threads(self.threads)
+
+    def deadline(self) -> float | None:
+        """When the time limit, counted from now, is reached on the monotonic clock."""
+        return (
+            None if self.time_limit_s is None else time.monotonic() + self.time_limit_s
+        )
 
 
 def resolve_run(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,17 +72,31 @@ def resolve_run(args: argparse.Namespace) -> dict[str, Any]:
         OptionError: For the first wrong option.
     """
     device = parse_device(args.device)
-    for name in ('threads', 'repeats', 'min_time_s', 'time_limit_s'):
+    for name in ('repeats', 'min_time_s', 'time_limit_s'):
         check_positive('--' + name.replace('_', '-'), [getattr(args, name)])
     default_time_s = QUICK_TIME_S if args.quick else DEFAULT_TIME_S
-    threads = QUICK_THREADS if args.quick and args.threads is None else args.threads
     return dict(
         device=device,
         sampling=Sampling(args.repeats, args.min_time_s or default_time_s),
-        threads=threads,
+        threads=resolve_threads(args),
         time_limit_s=args.time_limit_s,
         out=args.out,
     )
+
+
+def resolve_threads(args: argparse.Namespace) -> int | None:
+    """Threads of a CPU; None for torch's choice."""
+    check_positive('--threads', [args.threads])
+    return QUICK_THREADS if args.quick and args.threads is None else args.threads
+
+
+def use_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def is_late(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
 
 
 def parse_size(text: str, option: str = '--sizes') -> tuple[int, int]:

@@ -94,8 +94,8 @@ def as_markdown(
         f'`{command}`',
         f'{versions(before, after)}. {counts}. The band is where the ratio '
         f'of medians lies with {CONFIDENCE:.0%} confidence for all rows together, by '
-        f'bootstrap (the whole range with less than {LEAST_SAMPLES} samples); a row is slower or faster if all of it lies more '
-        f'than {tolerance:.0%} from 1.',
+        f'bootstrap (the whole range with less than {LEAST_SAMPLES} samples); a row is '
+        f'slower or faster if all of it lies more than {tolerance:.0%} from 1.',
         markdown_table(header, [_line(change, tolerance) for change in changes]),
     ]
     if reasons:

@@ -16,7 +16,13 @@ from mmengine.dataset import BaseDataset
 from mmengine.runner import Runner
 
 from . import mm_models
-from .common_options import add_run_arguments, check_positive, one_of, resolve_run
+from .common_options import (
+    add_output_arguments,
+    check_positive,
+    one_of,
+    resolve_threads,
+    use_threads,
+)
 from .dataloader_report import BATCH, TRANSFORM, dataloader_figure, dataloader_markdown
 from .environment import describe_environment
 from .errors import OptionError
@@ -54,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'quick)',
     )
     add_cfg_options(parser)
-    add_run_arguments(parser, quick='few batches')
+    add_output_arguments(parser, quick='few batches')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     Raises:
         OptionError: For wrong options, or data that is not there.
     """
-    run_options = resolve_run(args)
+    threads = resolve_threads(args)
     one_of('--split', [args.split], SPLITS)
     for name in ('batch_sizes', 'batches', 'images'):
         given = getattr(args, name)
@@ -89,8 +95,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     loader_config = cfg.get(f'{args.split}_dataloader')
     if loader_config is None:
         raise OptionError(f'config {args.config!r} has no {args.split}_dataloader')
-    if run_options['threads'] is not None:
-        torch.set_num_threads(run_options['threads'])
+    use_threads(threads)
     cases = loader_cases(args, loader_config)
     batches = args.batches or (QUICK_BATCHES if args.quick else BATCHES)
     images = args.images or (QUICK_IMAGES if args.quick else IMAGES)

@@ -129,7 +129,7 @@ def detector_cases(
     cfg = mm_models.load_config(target, options.cfg_options)
     if 'model' not in cfg:
         raise OptionError(f'config {target!r} has no model')
-    name = target.rsplit('/', 1)[-1].removesuffix('.py')
+    name = mm_models.short_name(target)
     sizes = options.sizes or (detector_inputs.config_size(cfg),)
     cases = []
     for choice in options.kv_heads:

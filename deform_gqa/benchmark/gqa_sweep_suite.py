@@ -55,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=STAGE,
         help=f'of DAT-T++, for ops and layers (default: {STAGE})',
     )
-    add_model_arguments(parser, DIRECTIONS, quick='small maps')
+    add_model_arguments(
+        parser,
+        DIRECTIONS,
+        quick='small maps',
+        kv_heads='divisors of the query heads (default: all, and halves down to one)',
+    )
 
 
 def run(args: argparse.Namespace, command: str) -> None:
@@ -73,7 +78,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         suite='gqa-sweep',
         command=command,
         environment={**describe_environment(options.device), **versions},
-        options={**options.describe(), 'subject': sweep.subject, 'heads': sweep.heads},
+        options=describe(args, options, sweep),
         **measurement.as_report(),
     )
     markdown = sweep_markdown(report)
@@ -81,6 +86,33 @@ def run(args: argparse.Namespace, command: str) -> None:
     publish(
         report, markdown, options.out, [(name, functools.partial(sweep_figure, report))]
     )
+
+
+def describe(
+    args: argparse.Namespace, options: ModelOptions, sweep: Sweep
+) -> dict[str, Any]:
+    """For the report; a bare op has tensors of the dtype, models autocast."""
+    values = options.describe()
+    if is_op(args):
+        values['dtype'] = options.amp or 'fp32'
+    return {**values, 'subject': sweep.subject, 'heads': sweep.heads}
+
+
+def refuse_without_effect(args: argparse.Namespace) -> None:
+    """No option is silently ignored.
+
+    Raises:
+        OptionError: For the first that the target or preset has no use for.
+    """
+    useless = []
+    if is_op(args) or args.preset is not None:
+        useless += ['cfg_options', 'checkpoint']
+    if args.preset is not None or args.target in (sweep_ops.SDPA, sweep_ops.GQA_OP):
+        useless += ['sizes']
+    for name in useless:
+        if getattr(args, name):
+            option = '--' + name.replace('_', '-')
+            raise OptionError(f'{option} has no effect on {args.target or args.preset}')
 
 
 def is_op(args: argparse.Namespace) -> bool:
@@ -100,6 +132,7 @@ def resolve_options(args: argparse.Namespace) -> ModelOptions:
     if args.preset is not None:
         one_of('--preset', [args.preset], PRESETS)
     one_of('--stage', [args.stage], STAGES)
+    refuse_without_effect(args)
     for name in ('sizes', 'batch_sizes'):
         if len(getattr(args, name) or [0]) > 1:
             option = '--' + name.replace('_', '-')

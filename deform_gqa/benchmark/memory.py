@@ -1,8 +1,10 @@
 """Peak memory of calls beyond what was in use before: CUDA, and CPU on Linux."""
 
+import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -51,6 +53,17 @@ def _return_free_memory(collect: bool) -> None:
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)  # glibc has it, musl not
     if trim is not None:
         trim(0)
+
+
+@contextlib.contextmanager
+def quick_collections() -> Iterator[None]:
+    """Collecting garbage looks at new objects alone: those of imports are many."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class PeakMemory:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from mmengine.runner import load_checkpoint
 from mmengine.utils import get_installed_path
 from torch import nn
 
-import deform_gqa.models  # noqa: F401  registers them
+import deform_gqa.models  # noqa: F401  registers ours
+from deform_gqa.models.backbones import DAT
 from deform_gqa.models.backbones.dat_arch import resolve_arch
+from deform_gqa.models.backbones.dat_checkpoint import load_dat_checkpoint
 from deform_gqa.ops import unsupported_reason
 from deform_gqa.ops.backends import BACKENDS
 
@@ -37,6 +40,11 @@ MODULE_OPS = {
 def is_config(target: str) -> bool:
     """Whether a target names a config file, ours or ``mmdet::...``."""
     return target.endswith('.py')
+
+
+def short_name(target: str) -> str:
+    """A config's name without folder and ending; other targets as they are."""
+    return target.rsplit('/', 1)[-1].removesuffix('.py')
 
 
 def load_config(target: str, cfg_options: Mapping[str, Any]) -> Config:
@@ -63,9 +71,10 @@ def load_config(target: str, cfg_options: Mapping[str, Any]) -> Config:
 
 def register_stock_models() -> None:
     """MMDetection's own models; they need the compiled ops of mmcv."""
-    from mmdet.utils import register_all_modules
+    with contextlib.redirect_stdout(sys.stderr):  # imports print what they lack
+        from mmdet.utils import register_all_modules
 
-    register_all_modules(init_default_scope=False)
+        register_all_modules(init_default_scope=False)
     init_default_scope(SCOPE)
 
 
@@ -110,10 +119,31 @@ def build_model(
         raise OptionError(f'{config["type"]} cannot be built: {error}') from error
     with warnings_only():
         if checkpoint is not None:
-            load_checkpoint(model, checkpoint, map_location='cpu')
+            load_weights(model, checkpoint)
         elif hasattr(model, 'init_weights'):
             model.init_weights()
-    return model.to(device).eval()
+    model.to(device)
+    model.eval()  # not all return themselves
+    return model
+
+
+def load_weights(model: nn.Module, checkpoint: str) -> None:
+    """A file's weights, read without unpickling code; official DAT files too.
+
+    Raises:
+        OptionError: If the file is damaged or unsafe, or does not fit a DAT.
+    """
+    from deform_gqa.engine import check_checkpoint, use_safe_loading
+
+    use_safe_loading()
+    try:
+        check_checkpoint(checkpoint)
+        if isinstance(model, DAT):
+            load_dat_checkpoint(model, checkpoint)
+        else:
+            load_checkpoint(model, checkpoint, map_location='cpu')
+    except ValueError as error:
+        raise OptionError(f'--checkpoint {checkpoint}: {error}') from error
 
 
 @contextlib.contextmanager

@@ -3,16 +3,16 @@
 import contextlib
 import dataclasses
 import gc
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .common_options import LATE, is_late
 from .errors import GateError, one_line
 from .flops import count_flops
-from .memory import PeakMemory
+from .memory import PeakMemory, quick_collections
 from .model_options import ModelOptions
 from .progress import progress
 from .report import Row
@@ -109,6 +109,8 @@ def model_calls(
             loss = mean_square(forward())
         loss.backward()
         model.zero_grad(set_to_none=True)
+        for x in inputs:
+            x.grad = None
         return loss
 
     return {
@@ -174,6 +176,7 @@ def check_agreement(
         )
 
 
+@quick_collections()
 def measure(cases: Sequence[ModelCase], options: ModelOptions) -> Measurement:
     """Build and measure every case with every backend.
 
@@ -181,9 +184,7 @@ def measure(cases: Sequence[ModelCase], options: ModelOptions) -> Measurement:
         GateError: If two backends give different outputs.
     """
     timer = Timer(options.device, options.sampling)
-    deadline = None
-    if options.time_limit_s is not None:
-        deadline = time.monotonic() + options.time_limit_s
+    deadline = options.deadline()
     found = Measurement([], [])
     steps = len(cases) * len(options.backends) * len(options.directions)
     with progress(steps) as step:
@@ -249,10 +250,8 @@ class _CaseRun:
 
     def _row(self, workload: Workload, row: Row) -> Row:
         self.step(f'{row.case} {row.backend} {row.direction}')
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            return dataclasses.replace(
-                row, status='skipped', reason='the time limit was reached'
-            )
+        if is_late(self.deadline):
+            return dataclasses.replace(row, status='skipped', reason=LATE)
         measured: list[Row] = []
         with expected_failure(self.amp) as failure:
             measured.append(self._measure(workload, row))
@@ -305,8 +304,8 @@ def expected_failure(amp: torch.dtype | None) -> Iterator[list[str]]:
 
 
 def _is_missing(error: RuntimeError, amp: torch.dtype | None) -> bool:
+    texts = ('not implemented for', 'same dtype', 'expected scalar type')
     return amp is not None and (
         isinstance(error, NotImplementedError)
-        or 'not implemented for' in str(error)
-        or 'same dtype' in str(error)
+        or any(text in str(error) for text in texts)
     )

@@ -24,10 +24,17 @@ from .errors import OptionError
 AS_CONFIGURED = 'config'
 KV_SHARES = ('full', 'half', 'one')
 AMP_DTYPES = ('fp16', 'bf16')
+KV_HEADS_HELP = (
+    f"'{AS_CONFIGURED}' (default), full, half or one of the query heads, or a number: "
+    'each stage has the largest divisor of its heads up to it'
+)
 
 
 def add_model_arguments(
-    parser: argparse.ArgumentParser, directions: Sequence[str], quick: str
+    parser: argparse.ArgumentParser,
+    directions: Sequence[str],
+    quick: str,
+    kv_heads: str = KV_HEADS_HELP,
 ) -> None:
     """Defaults of None depend on the suite and on --quick."""
     add = parser.add_argument
@@ -40,13 +47,7 @@ def add_model_arguments(
     add('--amp', metavar='D', help='autocast to fp16 or bf16 (default: none, fp32)')
     add('--sizes', nargs='+', metavar='HxW', help='images in pixels')
     add('--batch-sizes', nargs='+', type=int, metavar='N', help='images a call')
-    add(
-        '--kv-heads',
-        nargs='+',
-        metavar='K',
-        help=f"'{AS_CONFIGURED}' (default), full, half or one of the query heads, or a "
-        'number: each stage has the largest divisor of its heads up to it',
-    )
+    add('--kv-heads', nargs='+', metavar='K', help=kv_heads)
     add('--directions', nargs='+', metavar='D', help=f'of {", ".join(directions)}')
     add('--checkpoint', metavar='FILE', help='weights to load (default: random)')
     add_cfg_options(parser)

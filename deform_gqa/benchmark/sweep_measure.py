@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
+from .common_options import LATE, is_late
 from .flops import count_flops
-from .memory import PeakMemory
+from .memory import PeakMemory, quick_collections
 from .model_measure import Measurement, ModelCase, Unsupported, Workload
 from .model_options import ModelOptions
 from .progress import progress
@@ -14,6 +15,7 @@ from .report import Row
 from .timing import Timer, Timing
 
 
+@quick_collections()
 def measure_interleaved(
     cases: Sequence[ModelCase], options: ModelOptions
 ) -> Measurement:
@@ -22,6 +24,7 @@ def measure_interleaved(
     All models of one backend are in memory at the same time.
     """
     timer = Timer(options.device, options.sampling)
+    deadline = options.deadline()
     found = Measurement([], [])
     params: dict[str, int] = {}
     with progress(len(options.backends) * len(options.directions)) as step:
@@ -33,7 +36,13 @@ def measure_interleaved(
                 found.rows += [
                     dataclasses.replace(r, direction=direction) for r in missing
                 ]
-                found.rows += _rows(timer, cases, workloads, direction)
+                if is_late(deadline):
+                    found.rows += [
+                        Row(name, x.backend, direction, status='skipped', reason=LATE)
+                        for name, x in workloads.items()
+                    ]
+                else:
+                    found.rows += _rows(timer, cases, workloads, direction)
     found.cases += [
         {'name': c.name, **c.fields, 'batch': c.batch, 'params': params.get(c.name)}
         for c in cases

@@ -86,7 +86,7 @@ def detector_sweep(target: str, options: ModelOptions, chosen: Sequence[str]) ->
     cfg = mm_models.load_config(target, options.cfg_options)
     if 'model' not in cfg:
         raise OptionError(f'config {target!r} has no model')
-    name = target.rsplit('/', 1)[-1].removesuffix('.py')
+    name = mm_models.short_name(target)
     size = options.sizes[0] if options.sizes else config_size(cfg)
     batch = options.batch_sizes[0]
     source = detector_suite.BatchSource(cfg, size, batch, (), detector_suite.OBJECTS)

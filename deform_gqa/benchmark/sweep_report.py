@@ -13,6 +13,7 @@ from .tables import (
     without_empty_columns,
 )
 
+_HEADROOM = 1.08
 NOTES = (
     'One sample of each number of kv heads in turn, so that drift of the machine hits '
     'all alike. `forward` runs without gradients (prediction, for a detector); `train` '
@@ -140,7 +141,8 @@ def _finish(axes, report: Report, heading: str, unit: str) -> None:
     axes.set_xscale('log', base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_ylim(bottom=0)  # so that a saving looks as large as it is
+    # From 0, so that a saving looks as large as it is.
+    axes.set_ylim(0, axes.get_ylim()[1] * _HEADROOM)
     axes.set_xlabel(f'kv heads (of {report.options["heads"]} query heads)')
     axes.set_ylabel(unit)
     axes.set_title(heading)

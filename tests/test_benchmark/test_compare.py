@@ -42,7 +42,7 @@ def make_pair(tmp_path, factor=1.0, spread=0.01, samples=20):
         (0.7, 0.01, 0.05, 0, 'faster'),
         (1.2, 0.01, 0.3, 0, 'same'),
         (1.04, 0.001, 0.0, 1, 'slower'),
-        (1.1, 0.3, 0.05, 0, 'same'),  # lost in the noise
+        (1.05, 0.2, 0.1, 0, 'same'),  # lost in the noise
     ],
 )
 def test_exit_code(

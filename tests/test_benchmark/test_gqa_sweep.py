@@ -28,6 +28,8 @@ def run(tool, tmp_path, *argv):
         ('t++ --kv-heads 32', "divisors of the 16 query heads, got '32'"),
         ('deform_attn --sizes 8x8 9x9', '--sizes takes one value in a sweep'),
         ('deform_sdpa --batch-sizes 1 2', '--batch-sizes takes one value in a sweep'),
+        ('deform_sdpa --sizes 8x8', '--sizes has no effect on deform_sdpa'),
+        ('deform_attn --cfg-options a=1', '--cfg-options has no effect on deform_attn'),
         ('deform_atn', "layer 'deform_atn' is not registered in mmdet.registry"),
         ('no.py', "config file 'no.py' does not exist"),
         (
@@ -65,6 +67,17 @@ def test_targets(benchmark_tool, tmp_path, target, counts):
     assert len(report.rows) == len(counts) * len(report.options['directions'])
     assert all(len(row.timing.samples_ms) == 2 for row in report.rows)
     assert all(row.work['flops'] > 0 for row in report.rows)
+
+
+def test_time_limit(benchmark_tool, tmp_path):
+    argv = ['deform_attn', '--sizes', '64x64', '--time-limit-s', '1e-9']
+    report = run(benchmark_tool, tmp_path, *argv)
+    assert {row.status for row in report.rows} == {'skipped'}
+
+
+def test_dtype_of_an_op(benchmark_tool, tmp_path):
+    argv = ['deform_attn', '--sizes', '64x64', '--amp', 'bf16', '--kv-heads', '1']
+    assert run(benchmark_tool, tmp_path, *argv).options['dtype'] == 'bf16'
 
 
 def test_presets_say_that_they_are_smaller(benchmark_tool, tmp_path, capsys):

@@ -13,7 +13,10 @@ DETECTOR = 'configs/quickstart/retinanet_dat-gqa-mini_fpn_shapes.py'
 @pytest.mark.parametrize(
     ('command', 'message'),
     [
-        ('layer Attention', "layer 'Attention' is not registered in mmdet.registry"),
+        (
+            'layer GroupAttention',
+            "layer 'GroupAttention' is not registered in mmdet.registry",
+        ),
         ('layer --stages 5', '--stages: unknown 5; there are 1, 2, 3, 4'),
         ('layer --arch x', "--arch: unknown 'x'; there are t, s, b, t++, s++, b++"),
         (
@@ -64,9 +67,9 @@ def run(tool, tmp_path, *argv):
 
 def test_layer(benchmark_tool, tmp_path, capsys):
     pytest.importorskip('matplotlib')
-    argv = ['layer', '--stages', '2', '3', '--backends', 'naive', 'torch', 'triton']
+    argv = ['layer', '--stages', '3', '--backends', 'naive', 'torch', 'triton']
     report = run(benchmark_tool, tmp_path, *argv, '--kv-heads', 'full', '1')
-    assert len(report.cases) == 2 * 2 * 2  # layers, stages, kv heads
+    assert len(report.cases) == 2 * 2  # layers, kv heads
     status = {(row.backend, row.status) for row in report.rows}
     assert status == {('naive', 'ok'), ('torch', 'ok'), ('triton', 'unsupported')}
     flops = {}
@@ -146,6 +149,24 @@ def test_breakdown_of_a_stock_backbone(benchmark_tool, tmp_path):
     assert 'layer4' in parts
 
 
+def test_time_limit_of_a_breakdown(benchmark_tool, tmp_path):
+    argv = ['backbone', DETECTOR, '--breakdown', '--time-limit-s', '1e-9']
+    argv += ['--backends', 'torch', 'triton']
+    report = run(benchmark_tool, tmp_path, *argv)
+    assert {(r.backend, r.status) for r in report.rows} == {
+        ('torch', 'skipped'),
+        ('triton', 'unsupported'),
+    }
+
+
+def test_checkpoints(benchmark_tool, capsys, tmp_path):
+    bad = tmp_path / 'bad.pth'
+    torch.save({'other.weight': torch.zeros(1)}, bad)
+    argv = ['backbone', 't++', '--checkpoint', str(bad), *TINY]
+    assert benchmark_tool.main(argv) == 2
+    assert 'holds no weight of this backbone' in capsys.readouterr().err
+
+
 def test_time_limit(benchmark_tool, tmp_path):
     argv = ['layer', 'DepthwiseConv', '--stages', '1', '--time-limit-s', '1e-9']
     report = run(benchmark_tool, tmp_path, *argv)
@@ -181,6 +202,7 @@ def test_agreement(change):
         (RuntimeError('DefaultCPUAllocator: not enough memory'), None, True),
         (NotImplementedError('"nms" not implemented for Half'), torch.float16, True),
         (NotImplementedError('"nms" not implemented for Half'), None, False),
+        (RuntimeError('expected scalar type Float'), torch.bfloat16, True),
         (RuntimeError('a defect'), torch.float16, False),
     ],
 )

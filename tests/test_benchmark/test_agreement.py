@@ -1,0 +1,55 @@
+"""The tool's times against those of torch.utils.benchmark for the same call."""
+
+import pytest
+import torch
+from torch.utils import benchmark
+
+from deform_gqa.benchmark import layer_suite, model_options
+from deform_gqa.benchmark.op_cases import deform_attn_case
+from deform_gqa.benchmark.op_peers import make_call
+from deform_gqa.benchmark.op_suite import timed_call
+from deform_gqa.benchmark.timing import Sampling, Timer, quantile
+
+ROUNDS = 9
+CPU = torch.device('cpu')
+
+
+def op_call():
+    case = deform_attn_case((240, 320), 2, 1, 'full')
+    inputs = case.make_inputs(CPU, torch.float32)
+    return timed_call(make_call(case, 'torch'), inputs, 'forward')
+
+
+def layer_call():
+    options = model_options.ModelOptions(
+        device=CPU,
+        sampling=Sampling(1),
+        threads=1,
+        time_limit_s=None,
+        out=None,
+        backends=('torch',),
+        amp=None,
+        sizes=(),
+        batch_sizes=(),
+        kv_heads=(),
+        directions=('train',),
+        checkpoint=None,
+        cfg_options={},
+    )
+    config = layer_suite.layer_config('DeformableGQA', 't++', 2, {})
+    workload = layer_suite.build_workload(config, (30, 40), 1, options, 'torch')
+    return workload.calls['train']
+
+
+@pytest.mark.parametrize('make', [op_call, layer_call])
+def test_same_call_same_time(make):
+    """Medians of samples taken in turns, so that other work hits both alike."""
+    call, timer = make(), Timer(CPU, Sampling(1))
+    theirs = benchmark.Timer('call()', globals={'call': call})
+    timer.warm_up(call)
+    ours_ms, theirs_ms = [], []
+    for _ in range(ROUNDS):
+        ours_ms += timer.sample(call, 1).samples_ms
+        theirs_ms.append(theirs.timeit(1).median * 1e3)
+    ratio = quantile(ours_ms, 0.5) / quantile(theirs_ms, 0.5)
+    assert 0.5 < ratio < 2

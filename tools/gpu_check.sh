@@ -44,16 +44,36 @@ step() {
     return "$code"
 }
 
-# suite NAME SECONDS OPTIONS...: a run of the benchmark, written to its own folder, in
-# bf16 unless the options say otherwise.
+# suite NAME SECONDS SUITE OPTIONS...: a run of the benchmark, written to its own folder.
 # It stops measuring before the step would be killed, and reports what it has.
 suite() {
     local name=$1 limit=$2
     shift 2
     [ "$limit" -le "$(left)" ] || limit=$(left)
-    step "$name" "$limit" "$PYTHON" tools/benchmark.py op --dtype bf16 "$@" \
+    step "$name" "$limit" "$PYTHON" tools/benchmark.py "$@" \
         --device cuda --min-time-s 0.1 \
-        --time-limit-s $((limit > 60 ? limit - 30 : 30)) --out "$OUT/$name"
+        --time-limit-s $((limit > 60 ? limit - 30 : (limit + 1) / 2)) --out "$OUT/$name"
+}
+
+# Layers, backbones and detectors need the mm packages.
+model_suites() {
+    if ! "$PYTHON" -c 'import mmengine, mmcv.cnn, mmdet.registry' 2>/dev/null; then
+        echo 'layer, backbone, detector: skipped, the mm packages are not installed' |
+            tee -a "$OUT/summary.txt"
+        return 0
+    fi
+    local common=(--amp bf16 --batch-sizes 2 --backends naive auto)
+    suite backbone 60 backbone t++ --sizes 800x1333 "${common[@]}"
+    suite breakdown 50 backbone t++ --sizes 800x1333 --breakdown "${common[@]}"
+    suite backbone_224 40 backbone t++ t --sizes 224x224 --amp bf16 --batch-sizes 64 \
+        --backends auto
+    suite layer 40 layer --sizes 800x1333 "${common[@]}"
+    if ! "$PYTHON" -c 'import mmdet.models' 2>/dev/null; then
+        echo "detector: skipped, mmcv's ops are not built" | tee -a "$OUT/summary.txt"
+        return 0
+    fi
+    suite detector 40 detector configs/dat_gqa/retinanet_dat-t-pp-gqa_fpn_1x_coco.py \
+        --amp fp16 --batch-sizes 2 --backends naive auto
 }
 
 run_tests() {
@@ -98,22 +118,29 @@ pack() {
 }
 
 # What an earlier run left would be packed as if it were of this one.
-rm -rf "$OUT"/{tests,device}.log "$OUT"/sanitizer_*.log \
-    "$OUT"/{deform_attn_peers,deform_attn,neighborhood_attn}{,.log} \
-    "$OUT"/deform_sdpa_{fp32,bf16}{,.log}
+for name in device tests sanitizer_{memcheck,racecheck} deform_attn{_peers,} \
+    deform_sdpa_{fp32,bf16} neighborhood_attn backbone{,_224} breakdown layer detector \
+    gqa_sweep_{deform_sdpa,deform_attn}; do
+    rm -rf "${OUT:?}/$name" "$OUT/$name.log"
+done
 : >"$OUT/summary.txt"
 nvidia-smi >"$OUT/nvidia_smi.txt" 2>&1 || echo 'no nvidia-smi' >"$OUT/nvidia_smi.txt"
 step device 60 "$PYTHON" -m deform_gqa.benchmark.environment cuda || pack
 run_tests || pack
 run_sanitizer || pack
-# The peers at one batch size first: it is what the targets are about.
-suite deform_attn_peers 150 deform_attn --sizes 800x1333 --batch-sizes 2 --kv-heads full
+# First what the targets are about: the peers at one batch size, then the models.
+suite deform_attn_peers 90 op deform_attn --dtype bf16 --sizes 800x1333 \
+    --batch-sizes 2 --kv-heads full
 # Published inputs, 2 to 12 views and points, and all numbers of kv heads.
 for dtype in fp32 bf16; do
-    suite "deform_sdpa_$dtype" 80 deform_sdpa --dtype "$dtype" --kv-heads full \
+    suite "deform_sdpa_$dtype" 50 op deform_sdpa --dtype "$dtype" --kv-heads full \
         --backends naive torch triton
 done
-suite deform_attn 120 deform_attn --backends naive triton
-suite neighborhood_attn 100 neighborhood_attn --sizes 800x1333 --batch-sizes 2 \
-    --kv-heads full one
+suite neighborhood_attn 45 op neighborhood_attn --dtype bf16 --sizes 800x1333 \
+    --batch-sizes 2 --kv-heads full one
+model_suites
+for target in deform_sdpa deform_attn; do
+    suite "gqa_sweep_$target" 25 gqa-sweep "$target" --amp bf16
+done
+suite deform_attn 60 op deform_attn --dtype bf16 --backends naive triton
 pack

@@ -5,15 +5,22 @@
 
 Registers, spills, shared memory and tensor-core instructions are those of a whole
 kernel; the counts per pair are instructions of the inner loop for one (query, key,
-head) pair, at stage 1 of DAT-T++ on an 800 x 1333 image.
+head) pair, at stage 1 of DAT-T++ on an 800 x 1333 image; where it multiplies the head
+dimensions in parts, those loops count once. A second deform_attn_dkdv_kernel is the
+launch for the gradients of the bias. The table of deform_sdpa
+counts in the loop over points, for a lane and for one (query, point, head).
 """
 
 import argparse
 
 import torch
 
-from deform_gqa.ops.triton_backend import aot
-from deform_gqa.ops.triton_backend.representative import attention, sampling
+from deform_gqa.ops.triton_backend import aot, sdpa_report
+from deform_gqa.ops.triton_backend.representative import (
+    attention,
+    neighborhood,
+    sampling,
+)
 
 HEADER = (
     f'{"kernel":27} {"sm":>3} {"D":>4} {"dtype":>9} {"registers":>9} {"spills_B":>8} '
@@ -55,11 +62,17 @@ def main() -> None:
     for arch in args.arch:
         for dtype in args.dtype:
             for head_dim in args.head_dim:
-                for launch in attention(arch, head_dim, getattr(torch, dtype)):
+                launches = [
+                    *attention(arch, head_dim, getattr(torch, dtype)),
+                    *neighborhood(arch, head_dim, getattr(torch, dtype)),
+                ]
+                for launch in launches:
                     report = aot.report_launch(launch, arch)
                     print_report(report, head_dim, dtype)
             for launch in sampling(arch, getattr(torch, dtype)):
                 print_report(aot.report_launch(launch, arch), '-', dtype)
+    dtypes = [getattr(torch, dtype) for dtype in args.dtype]
+    sdpa_report.print_table(args.arch, args.head_dim, dtypes)
 
 
 if __name__ == '__main__':

@@ -3,15 +3,20 @@
     python tools/tune_kernels.py
     python tools/tune_kernels.py --head-dim 32 64 --dtype bfloat16 --dry-run
 
-Writes ``block_sizes.json`` beside ``deform_gqa/ops/triton_backend/block_sizes.py``,
-whose entries for this architecture go before the built-in table from then on; entries
-of other architectures are kept. Delete the file to go back.
+Needs torch and triton alone; where the package is not installed, run it from the
+repository's root with PYTHONPATH=. set. One head dimension and dtype takes a few
+minutes, most of which compiles.
+
+Writes ``block_sizes.json`` beside ``deform_gqa/ops/triton_backend/block_sizes.py``
+after each kernel, whose entries for this architecture go before the built-in table
+from then on; all other entries are kept. Delete the file to go back.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
+import pathlib
 from unittest import mock
 
 import torch
@@ -27,11 +32,13 @@ from deform_gqa.ops.triton_backend.block_sizes import (
     OVERRIDES,
     BlockSizes,
     block_sizes,
+    fuses_bias_gradient,
     override_key,
     pad_head_dim,
 )
 
-OPS = ('deform_attn_fwd', 'deform_attn_dq', 'deform_attn_dkdv')
+# Queries * keys / lanes: less leaves the lanes idle, more does not fit registers.
+FEWEST_PAIRS, MOST_PAIRS = 8, 64
 # Stage 3 of DAT-T++ on an 800 x 1333 image: half of the pairs of the whole backbone.
 GRID_SIZE, KEYS, HEADS, GROUPS, TABLE_SIZE = (50, 84), 1050, 8, 4, (27, 27)
 
@@ -40,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--head-dim', type=int, nargs='+', default=[32, 64])
+    parser.add_argument('--head-dim', type=int, nargs='+', default=[32])
     parser.add_argument(
         '--dtype',
         nargs='+',
@@ -52,11 +59,24 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def candidates(op: str) -> list[BlockSizes]:
-    keys = (16, 32, 64, 128) if op != 'deform_attn_dkdv' else (16, 32, 64)
+def ops_of(head_dim: int, dtype: torch.dtype) -> list[str]:
+    """The kernels of a call with a bias and without dropout."""
+    if fuses_bias_gradient(head_dim, dtype):
+        return ['deform_attn_fwd', 'deform_attn_dq', 'deform_attn_dkdv_dbias']
     return [
-        BlockSizes(*sizes)
-        for sizes in itertools.product((64, 128, 256), keys, (4, 8), (1, 2))
+        'deform_attn_fwd',
+        'deform_attn_dq',
+        'deform_attn_dkdv',
+        'deform_attn_dbias',
+    ]
+
+
+def candidates() -> list[BlockSizes]:
+    every = itertools.product((32, 64, 128, 256), (16, 32, 64), (4, 8), (1, 2))
+    return [
+        BlockSizes(queries, keys, warps, stages)
+        for queries, keys, warps, stages in every
+        if FEWEST_PAIRS <= queries * keys / (32 * warps) <= MOST_PAIRS
     ]
 
 
@@ -98,10 +118,21 @@ def time_ms(call, op: str, sizes: BlockSizes) -> float:
 
 def tune(op: str, head_dim: int, dtype: torch.dtype, batch: int) -> BlockSizes:
     call = make_call(op, head_dim, dtype, batch)
-    timed = [(time_ms(call, op, sizes), sizes) for sizes in candidates(op)]
+    timed = [(time_ms(call, op, sizes), sizes) for sizes in candidates()]
     for ms, sizes in sorted(timed, key=lambda x: x[0])[:3]:
         print(f'{op} D={head_dim} {dtype}: {ms:.3f} ms {sizes}', flush=True)
-    return min(timed, key=lambda x: x[0])[1]
+    ms, best = min(timed, key=lambda x: x[0])
+    if ms == float('inf'):
+        raise SystemExit(f'no block sizes of {op} fit this GPU at D={head_dim} {dtype}')
+    return best
+
+
+def read_overrides(path: pathlib.Path) -> dict[str, dict]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_overrides(path: pathlib.Path, entries: dict[str, dict]) -> None:
+    path.write_text(json.dumps(entries, indent=2, sort_keys=True) + '\n')
 
 
 def main() -> None:
@@ -109,17 +140,16 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit('tune_kernels.py needs an NVIDIA GPU; none was found')
     arch = problem.architecture(torch.device('cuda', torch.cuda.current_device()))
-    found = json.loads(OVERRIDES.read_text()) if OVERRIDES.is_file() else {}
-    for dtype_name, head_dim, op in itertools.product(args.dtype, args.head_dim, OPS):
+    found = read_overrides(OVERRIDES)
+    for dtype_name, head_dim in itertools.product(args.dtype, args.head_dim):
         dtype = getattr(torch, dtype_name)
-        best = tune(op, head_dim, dtype, args.batch)
-        key = override_key(op, pad_head_dim(head_dim), dtype, arch)
-        found[key] = dataclasses.asdict(best)
-    if args.dry_run:
-        print(json.dumps(found, indent=2, sort_keys=True))
-        return
-    OVERRIDES.write_text(json.dumps(found, indent=2, sort_keys=True) + '\n')
-    print(f'wrote {OVERRIDES}')
+        for op in ops_of(head_dim, dtype):
+            best = tune(op, head_dim, dtype, args.batch)
+            key = override_key(op, pad_head_dim(head_dim), dtype, arch)
+            found[key] = dataclasses.asdict(best)
+            if not args.dry_run:
+                write_overrides(OVERRIDES, found)
+    print(json.dumps(found, indent=2, sort_keys=True))
 
 
 if __name__ == '__main__':

@@ -11,7 +11,13 @@ logger = logging.getLogger('deform_gqa')
 
 BACKENDS = ('auto', 'naive', 'torch', 'triton')
 # Ops that have a Triton kernel.
-TRITON_OPS = frozenset({'deform_attn', 'deform_sample', 'deform_sdpa'})
+TRITON_OPS = frozenset(
+    {'deform_attn', 'deform_sample', 'deform_sdpa', 'neighborhood_attn'}
+)
+# Most (query, key, head) weights of a call for which materialising them is the fastest
+# on a CPU: tiles have fixed costs. Measured; the first bound is for calls that keep
+# what backward needs.
+NAIVE_WEIGHTS = {True: 2**20, False: 3 * 2**17}
 TRITON_HEAD_DIMS = range(8, 257)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -57,10 +63,18 @@ def unsupported_reason(
     return None
 
 
-def choose_backend(op: str, backend: str, **call) -> str:
+def choose_backend(op: str, backend: str, *, weights: int | None = None, **call) -> str:
     """The backend that runs this call: 'naive', 'torch' or 'triton'.
 
-    'auto' takes Triton on CUDA devices where it can run, else torch.
+    'auto' takes Triton on CUDA devices where it can run, else torch; on a CPU naive for
+    a small call.
+
+    Args:
+        op: Name of the op.
+        backend: What the caller asked for.
+        weights: Number of (query, key, head) weights of an op for which naive is the
+            fastest where they are few.
+        call: As for :func:`unsupported_reason`.
 
     Raises:
         ValueError: If ``backend`` is unknown, or is named and cannot run the call.
@@ -69,7 +83,7 @@ def choose_backend(op: str, backend: str, **call) -> str:
         raise ValueError(f'backend must be one of {BACKENDS}, got {backend!r}')
     if backend == 'auto':
         if call['device'].type != 'cuda':
-            return 'torch'
+            return 'naive' if _is_small(weights) else 'torch'
         reason = unsupported_reason(op, 'triton', **call)
         if reason is None:
             return 'triton'
@@ -79,6 +93,13 @@ def choose_backend(op: str, backend: str, **call) -> str:
     if reason is not None:
         raise ValueError(f'backend {backend!r} cannot run {op}: {reason}')
     return backend
+
+
+def _is_small(weights: int | None) -> bool:
+    # A compiled graph should not depend on the size.
+    if weights is None or torch.compiler.is_compiling():
+        return False
+    return weights <= NAIVE_WEIGHTS[torch.is_grad_enabled()]
 
 
 @functools.cache

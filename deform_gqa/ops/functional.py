@@ -66,8 +66,14 @@ def deform_attn(
     scale = checks.check_scale(scale, q.shape[3])
     if rpb_table is not None:
         _check_bias(q, k, pos, rpb_table)
+    biased = rpb_table is not None  # without a bias torch's own attention is faster
     backend = choose_backend(
-        'deform_attn', backend, device=q.device, dtype=q.dtype, head_dim=q.shape[3]
+        'deform_attn',
+        backend,
+        weights=q.shape[:3].numel() * k.shape[2] if biased else None,
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[3],
     )
     if backend == 'naive':
         return naive.deform_attn(

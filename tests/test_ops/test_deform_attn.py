@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from torch.testing import assert_close
 
 from deform_gqa.ops import deform_attn
+from deform_gqa.ops.backends import NAIVE_WEIGHTS, choose_backend
 from deform_gqa.ops.custom_ops import deform_attn_op
 from deform_gqa.ops.torch_backend import deform_attn as torch_impl
 
@@ -235,3 +236,19 @@ def test_no_keys():
     q, k, v, _, _ = CASE.inputs()
     with pytest.raises(ValueError, match='no keys'):
         deform_attn(q, k[:, :, :0], v[:, :, :0], grid_size=CASE.grid_size)
+
+
+class TestAutomaticBackendOnCPU:
+    @pytest.mark.parametrize('with_grad', [True, False])
+    def test_materialises_few_weights_only(self, with_grad):
+        cpu = dict(device=torch.device('cpu'), dtype=torch.float32, head_dim=32)
+        most = NAIVE_WEIGHTS[with_grad]
+        with torch.set_grad_enabled(with_grad):
+            assert choose_backend('deform_attn', 'auto', weights=most, **cpu) == 'naive'
+            larger = choose_backend('deform_attn', 'auto', weights=most + 1, **cpu)
+            assert larger == 'torch'
+            assert choose_backend('deform_sdpa', 'auto', **cpu) == 'torch'
+
+    def test_a_named_backend_stays(self):
+        cpu = dict(device=torch.device('cpu'), dtype=torch.float32, head_dim=32)
+        assert choose_backend('deform_attn', 'torch', weights=1, **cpu) == 'torch'

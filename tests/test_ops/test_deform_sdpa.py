@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 from cases import output_and_gradients
+from drawn_sdpa_cases import deform_sdpa_cases
 from golden import assert_close as assert_golden
 from golden import load_golden
 from hypothesis import given, settings
-from sdpa_cases import DeformSdpaCase, deform_sdpa_cases
+from sdpa_cases import DeformSdpaCase
 from torch.testing import assert_close
 
 from deform_gqa.ops import deform_sdpa

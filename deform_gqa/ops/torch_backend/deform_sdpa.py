@@ -11,7 +11,7 @@ from .tile_attention import dropout_scale
 
 # Numbers that a chunk holds of its largest tensor: sampled channels ('gather') or
 # weights of all pixels ('dense'). Chosen by measuring: chunks should stay in cache.
-MAX_NUMBERS = {'gather': 2**18, 'dense': 2**20}
+MAX_NUMBERS = {'gather': 2**19, 'dense': 2**20}
 # Pixels of a map whose products with one query cost as much as one sampled point.
 DENSE_PIXELS_PER_POINT = 32
 

@@ -18,6 +18,7 @@ group: R = gcd(Hq / Hkv, Hq / G) heads.
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -39,6 +40,35 @@ class Taps:
     weight: Tensor
     slope_y: Tensor
     slope_x: Tensor
+
+    @functools.cached_property
+    def by_pixel(self) -> list['TapsOfGroup']:
+        """Of each group; k and v share it."""
+        pairs = zip(self.index, self.weight, strict=True)
+        return [_sort_by_pixel(index.flatten(), w.flatten()) for index, w in pairs]
+
+
+@dataclasses.dataclass
+class TapsOfGroup:
+    """The T = n * S * 4 taps of one group, sorted by pixel.
+
+    Attributes:
+        point: (T,) point in [0, n * S) of each.
+        weight: (T,)
+        pixel: Distinct pixels, ascending.
+        first: Where the taps of each of these begin.
+    """
+
+    point: Tensor
+    weight: Tensor
+    pixel: Tensor
+    first: Tensor
+
+
+def _sort_by_pixel(index: Tensor, weight: Tensor) -> TapsOfGroup:
+    index, order = index.sort()
+    pixel, counts = index.unique_consecutive(return_counts=True)
+    return TapsOfGroup(order // 4, weight[order], pixel, counts.cumsum(0) - counts)
 
 
 def _axis_taps(at: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,11 +119,11 @@ class GatheredSamples:
         self.shared = math.gcd(heads // kv_heads, heads // groups)  # R
         first_head = torch.arange(0, heads, self.shared, device=pixels.device)
         self.group = first_head // (heads // groups)
-        kv_head = first_head // (heads // kv_heads)
+        self.kv_head = first_head // (heads // kv_heads)
         self.rows = pixels.reshape(-1, head_dim)
         # (U, n, S, 4)
         self.index = (
-            taps.index[self.group] + (kv_head * num_pixels)[:, None, None, None]
+            taps.index[self.group] + (self.kv_head * num_pixels)[:, None, None, None]
         )
         self.values = self._sample(taps.weight)
 
@@ -125,18 +155,36 @@ class GatheredSamples:
 
     def backward(self, a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         # (U * n, S, D)
-        grad = torch.bmm(self._by_unit(a).transpose(1, 2), self._by_unit(x))
-        weight = self.taps.weight[self.group].view(*grad.shape[:2], 4)
-        rows = self.grad.view(-1, grad.shape[2])
-        for corner in range(4):
-            rows.index_add_(
-                0,
-                self.index[..., corner].reshape(-1),
-                (grad * weight[..., corner : corner + 1]).flatten(0, 1),
-            )
+        a, x = self._by_unit(a).transpose(1, 2), self._by_unit(x)
+        grad = a * x if self.shared == 1 else torch.bmm(a, x)  # bmm is slow at rank 1
+        self._scatter(grad)
         return self._slope(grad, self.taps.slope_y), self._slope(
             grad, self.taps.slope_x
         )
+
+    def _scatter(self, grad: Tensor) -> None:
+        """Adds (U * n, S, D), times the weights, to the pixels.
+
+        The sum over the taps of a pixel is a gather again, in the order of pixels,
+        which all units of a group share.
+        """
+        groups, num_pixels = self.taps.index.shape[0], self.grad.shape[1]
+        # (G, U / G, n * S, D)
+        grad = grad.view(groups, len(self.group) // groups, -1, grad.shape[-1])
+        first_row = (self.kv_head * num_pixels).view(groups, -1, 1)
+        rows = self.grad.view(-1, grad.shape[-1])
+        unit = torch.arange(grad.shape[1], device=grad.device).unsqueeze(1)
+        for taps, of_group, first in zip(
+            self.taps.by_pixel, grad, first_row, strict=True
+        ):
+            sums = F.embedding_bag(
+                (taps.point + unit * of_group.shape[1]).flatten(),
+                of_group.flatten(0, 1),
+                (taps.first + unit * len(taps.point)).flatten(),
+                mode='sum',
+                per_sample_weights=taps.weight.repeat(len(unit)),
+            )
+            rows.index_add_(0, (taps.pixel + first).flatten(), sums)
 
     def _slope(self, grad: Tensor, slope: Tensor) -> Tensor:
         by_unit = self._sample(slope).mul_(grad).sum(-1)

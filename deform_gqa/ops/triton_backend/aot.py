@@ -58,7 +58,7 @@ def record_launches(arch: int) -> Iterator[list[Launch]]:
     def record(self, *args, grid, warmup, **kwargs):
         options = {
             name: kwargs.pop(name)
-            for name in ('num_warps', 'num_stages')
+            for name in ('num_warps', 'num_stages', 'maxnreg', 'enable_fp_fusion')
             if name in kwargs
         }
         arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
@@ -220,5 +220,6 @@ def report_launch(launch: Launch, arch: int) -> KernelReport:
     """Compiles a launch and reads the result."""
     kernel = compile_launch(launch, arch)
     size = launch.arguments
-    pairs = size['R'] * size['C'] * size['BN'] if 'R' in size else 1
+    tiled = {'R', 'C', 'BN'} <= size.keys()
+    pairs = size['R'] * size['C'] * size['BN'] if tiled else 1
     return inspect_cubin(launch.name, arch, kernel, pairs)

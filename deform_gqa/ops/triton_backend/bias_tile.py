@@ -31,6 +31,8 @@ the rounding of a materialised bias to bfloat16, and no more than one to float16
 import triton
 import triton.language as tl
 
+from .tiles import dot
+
 
 @triton.jit
 def window_start(t, table_size):
@@ -99,14 +101,31 @@ def both_rows(x, CW: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    p_table, b_corner, cell, row_pitch, CW: tl.constexpr, AGAIN: tl.constexpr
-):
+def load_rows(p_table, b_corner, cell, row_pitch, CW: tl.constexpr):
     """(BN, R, 2 * CW) packed table rows cell and cell + 1 from each key's corner."""
     o_block = (b_corner[:, None] + cell * row_pitch) * 8
     # (BN, R, 2 * CW)
     p = p_table + (o_block[:, :, None] + tl.arange(0, 2 * CW)[None, None, :])
-    return tl.load(p, volatile=AGAIN)
+    return tl.load(p)
+
+
+@triton.jit
+def load_rises(p_table, b_corner, row, row_pitch, table_h, CW: tl.constexpr):
+    """(BN, CW, n) rises of the table downwards and rightwards from its cells.
+
+    Args:
+        b_corner: (BN,) of ``load_taps``; the first of the CW columns.
+        row: (BN, n), rows of the table; zeros lie below it.
+    """
+    p = p_table + ((b_corner[:, None] + row * row_pitch) * 8)[:, None, :]
+    w = tl.arange(0, CW)
+    o_w = (w // 4 * 8 + w % 4)[None, :, None]
+    o_next = ((w + 1) // 4 * 8 + (w + 1) % 4)[None, :, None]
+    mask = (row <= table_h)[:, None, :]
+    cells = tl.load(p + o_w, mask=mask, other=0.0).to(tl.float32)
+    below = tl.load(p + o_w + 4, mask=mask, other=0.0).to(tl.float32)
+    right = tl.load(p + o_next, mask=mask, other=0.0).to(tl.float32)
+    return below - cells, right - cells
 
 
 @triton.jit
@@ -127,17 +146,20 @@ def query_rows(first, R: tl.constexpr, height):
 @triton.jit
 def load_taps(
     p_taps, col0, step_x, table_h, table_w, row_pitch, BN: tl.constexpr,
-    AGAIN: tl.constexpr,
+    NW: tl.constexpr,
 ):  # fmt: skip
     """t_y at map row 0, the corner of each key's window, its column and t_x from there.
 
     Args:
         p_taps: The tile's (2, BN) of ``key_taps.py``.
+
+    Returns:
+        All (BN,), in the order of ``key_order``.
     """
-    o_s = tl.arange(0, BN)
-    # (BN,)
-    b_ty = tl.load(p_taps + o_s, volatile=AGAIN)
-    b_tx = tl.load(p_taps + BN + o_s, volatile=AGAIN)
+    # (BN / NW, NW): the keys of a warp are neighbors, so each lane loads them at once.
+    o_s = tl.arange(0, BN // NW)[:, None] + tl.arange(0, NW)[None, :] * (BN // NW)
+    b_ty = tl.reshape(tl.load(p_taps + o_s), (BN,))
+    b_tx = tl.reshape(tl.load(p_taps + BN + o_s), (BN,))
     start, b_u = window_start(b_tx + col0 * step_x, table_w)
     # One column and one row of zeros lie before the table.
     start += 1
@@ -149,18 +171,15 @@ def load_taps(
 def bias_product(
     p_table, b_ty, b_corner, b_u, row0, height, table_h, row_pitch, step_y, step_x,
     R: tl.constexpr, C: tl.constexpr, CW: tl.constexpr, IN_RANGE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(BN, C, R) bias of the patch in the dtype of the table."""
     DTYPE: tl.constexpr = p_table.dtype.element_ty
     t = b_ty[:, None] + query_rows(row0, R, height)[None, :] * step_y
     cell, fraction, _ = row_taps(t, table_h, IN_RANGE)
-    rows = load_rows(p_table, b_corner, cell, row_pitch, CW, False)
+    rows = load_rows(p_table, b_corner, cell, row_pitch, CW)
     rows = blend_rows(rows, fraction, CW)
     cols = both_rows(column_weights(b_u, step_x, C, CW, DTYPE), CW)
-    return tl.dot(
-        cols, tl.permute(rows, (0, 2, 1)), out_dtype=DTYPE, input_precision=PRECISION
-    )
+    return dot(cols, tl.permute(rows, (0, 2, 1)), out_dtype=DTYPE)
 
 
 @triton.jit
@@ -172,60 +191,65 @@ def as_patch(x, R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, NW: tl.const
 
 @triton.jit
 def as_keys(x, R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, NW: tl.constexpr):
-    """(M, BN), keys in order -> (BN, R, C), keys in the order of key_order."""
+    """(M, BN), keys in order -> (BN, C, R), keys in the order of key_order."""
     x = tl.reshape(x, (R, C, NW, BN // NW))
-    return tl.reshape(tl.permute(x, (3, 2, 0, 1)), (BN, R, C))
+    return tl.reshape(tl.permute(x, (3, 2, 1, 0)), (BN, C, R))
 
 
 @triton.jit
-def slope(distance):
-    """Derivative of the tent by t, from the right where t is on a cell."""
-    # Steps up at -1, down twice at 0 and up at 1: sums cost less than selections.
-    rise = tl.where(distance >= -1.0, 1.0, 0.0) + tl.where(distance >= 1.0, 1.0, 0.0)
-    return rise - tl.where(distance >= 0.0, 2.0, 0.0)
+def weights_and_cells(t, cell, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+    """(BN, 2, COUNT, n): tent weights of coordinates t over cells, and 1 at their own.
+
+    The bias moves with t by the rise of the table from the latter to the next cell.
+
+    Args:
+        t, cell: (BN, n), counted from the first of the COUNT cells.
+    """
+    cells = tl.arange(0, COUNT).to(tl.float32)[None, :, None]
+    weights = tent(t[:, None, :] - cells).to(DTYPE)
+    is_cell = tl.where(cell[:, None, :] == cells, 1.0, 0.0).to(DTYPE)
+    return tl.permute(tl.join(weights, is_cell), (0, 3, 1, 2))
 
 
 @triton.jit
-def column_slopes(b_u, step, C: tl.constexpr, CW: tl.constexpr, DTYPE: tl.constexpr):
-    """(BN, C, CW / 4, 4) derivatives of the column weights by t_x."""
-    return interleave4(
-        slope(quad_cells(b_u, step, C, CW, 0)).to(DTYPE),
-        slope(quad_cells(b_u, step, C, CW, 1)).to(DTYPE),
-        slope(quad_cells(b_u, step, C, CW, 2)).to(DTYPE),
-        slope(quad_cells(b_u, step, C, CW, 3)).to(DTYPE),
-    )
-
-
-@triton.jit
-def split_rows(b_cells, R: tl.constexpr, CW: tl.constexpr):
-    """Packed rows (BN, R, 2 * CW) -> the lower and the upper row, each (BN, R, CW)."""
-    BN: tl.constexpr = b_cells.shape[0]
-    cells = tl.reshape(b_cells, (BN, R, CW // 4, 2, 4))
-    lower, upper = tl.split(tl.permute(cells, (0, 1, 2, 4, 3)))
-    return tl.reshape(lower, (BN, R, CW)), tl.reshape(upper, (BN, R, CW))
-
-
-@triton.jit
-def contract_columns(grad, b_u, step, C: tl.constexpr, CW: tl.constexpr, PRECISION):
-    """Sums the bias gradient (BN, R, C) over columns into table columns.
+def contract_columns(grad, b_u, step, CW: tl.constexpr):
+    """Sums the bias gradient (BN, C, R) over columns into table columns.
 
     Returns:
-        (BN, R, CW) sums with the tent weights: the gradient of the blended rows, and
-        (BN, R, CW) sums with their slopes, for the gradient of t_x.
+        (BN, 2 * CW, R): CW sums with the tent weights, the gradient of the blended
+        rows, and CW over the columns in each cell, for the gradient of t_x.
     """
     BN: tl.constexpr = grad.shape[0]
-    R: tl.constexpr = grad.shape[1]
-    weights = column_weights(b_u, step, C, CW, grad.dtype)
-    slopes = column_slopes(b_u, step, C, CW, grad.dtype)
+    C: tl.constexpr = grad.shape[1]
+    t = b_u[:, None] + tl.arange(0, C).to(tl.float32)[None, :] * step
+    by = weights_and_cells(t, tl.floor(t), CW, grad.dtype)
+    by = tl.reshape(by, (BN, 2 * CW, C))
     if C == 1:
-        by_weight = grad.to(tl.float32) * tl.reshape(weights, (BN, 1, CW))
-        by_slope = grad.to(tl.float32) * tl.reshape(slopes, (BN, 1, CW))
+        sums = by.to(tl.float32) * grad.to(tl.float32)
     else:
-        both = tl.join(
-            tl.reshape(weights, (BN, C, CW)), tl.reshape(slopes, (BN, C, CW))
-        )
-        both = tl.reshape(tl.permute(both, (0, 1, 3, 2)), (BN, C, 2 * CW))
-        sums = tl.dot(grad, both, input_precision=PRECISION)
-        sums = tl.permute(tl.reshape(sums, (BN, R, 2, CW)), (0, 1, 3, 2))
-        by_weight, by_slope = tl.split(sums)
-    return by_weight, by_slope
+        sums = dot(by, grad)
+    return sums
+
+
+@triton.jit
+def contract_rows(sums, t, cell, RW: tl.constexpr):
+    """Sums what contract_columns returns, (BN, 2 * CW, R), over rows into table rows.
+
+    Args:
+        t, cell: (BN, R), t_y and its cell, counted from the window's first row; a cell
+            outside the window if t_y does not move with the position.
+
+    Returns:
+        The gradient of the table's cells, and what gives the gradients of t_y and t_x
+        when multiplied with the rise to the next cell, each (BN, CW, RW).
+    """
+    BN: tl.constexpr = sums.shape[0]
+    CW: tl.constexpr = sums.shape[1] // 2
+    R: tl.constexpr = sums.shape[2]
+    by = tl.reshape(weights_and_cells(t, cell, RW, sums.dtype), (BN, 2 * RW, R))
+    x = dot(sums, tl.permute(by, (0, 2, 1)))
+    x = tl.permute(tl.reshape(x, (BN, 2, CW, 2, RW)), (0, 2, 4, 3, 1))
+    by_weight, by_cell = tl.split(x)
+    grad, grad_y = tl.split(by_weight)
+    grad_x, _ = tl.split(by_cell)
+    return grad, grad_y, grad_x

@@ -1,4 +1,8 @@
-"""Backward of deform_attn: launches its two kernels and adds their partial results."""
+"""Backward of deform_attn: launches its kernels and adds their partial results.
+
+Where registers allow it, one launch of the key-parallel kernel computes all gradients
+but that of q; else one computes those of k and v and another those of the bias.
+"""
 
 import math
 
@@ -9,7 +13,13 @@ from .deform_attn_bwd_kv import deform_attn_dkdv_kernel
 from .deform_attn_bwd_q import deform_attn_dq_kernel
 from .device import on_device_of_first_tensor
 from .fixed_point import fixed_point_unit
-from .patches import Patch, choose_backward_patch, flat_patch, rows_window
+from .patches import (
+    Patch,
+    choose_backward_patch,
+    choose_patch,
+    flat_patch,
+    rows_window,
+)
 from .problem import Problem
 
 # Programs that the key-parallel kernel aims at, by splitting the queries: some four
@@ -89,10 +99,12 @@ def _backward_q(
     return grad_q, delta
 
 
-def _key_patch(problem: Problem, most: int) -> tuple[Patch, int]:
+def _key_patch(problem: Problem, most: int, bias_grad: bool) -> tuple[Patch, int]:
     """The patch of the key-parallel kernel, and the table rows summed in it or 0."""
     if not problem.has_bias:
         return flat_patch(min(most, 128), problem.queries), 0
+    if not bias_grad:
+        return choose_patch(most, *problem.map_size, problem.axis_x.step), 0
     patch = choose_backward_patch(most, *problem.map_size, problem.axis_x.step)
     return patch, rows_window(problem.axis_y.step, patch.rows)
 
@@ -127,17 +139,45 @@ def _table_gradient(problem: Problem, deterministic: bool) -> Tensor:
 def _backward_kv(
     problem: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = grad_out, lse, delta
+    if not problem.has_bias:
+        sums = _launch_kv(problem, 'deform_attn_dkdv', *inputs, bias_grad=False)
+    elif problem.fuses_bias_gradient():
+        sums = _launch_kv(problem, 'deform_attn_dkdv_dbias', *inputs)
+    else:
+        keys = _launch_kv(problem, 'deform_attn_dkdv', *inputs, bias_grad=False)
+        bias = _launch_kv(problem, 'deform_attn_dbias', *inputs, key_grad=False)
+        sums = *keys[:2], *bias[2:]
+    grad_k, grad_v, *for_bias = sums
+    return (
+        grad_k.sum(0).to(problem.k.dtype),
+        grad_v.sum(0).to(problem.v.dtype),
+        *_finish_bias(problem, *for_bias),
+    )
+
+
+def _launch_kv(
+    problem: Problem,
+    op: str,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    key_grad: bool = True,
+    bias_grad: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """Partial grad_k, grad_v, grad_pos and grad_table, and the last one's unit."""
     q, k, v = problem.q, problem.k, problem.v
-    sizes = problem.sizes('deform_attn_dkdv')
-    patch, rows_reached = _key_patch(problem, sizes.queries)
+    sizes = problem.sizes(op)
+    patch, rows_reached = _key_patch(problem, sizes.queries, bias_grad)
     tiles = math.ceil(problem.keys / sizes.keys) * problem.batch * problem.kv_heads
     splits = _num_splits(tiles, problem.num_patches(patch))
-    grad_k, grad_v = k.new_empty((2, splits, *k.shape), dtype=torch.float32)
-    grad_pos = grad_table = unit = None
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if problem.has_bias:
+    grad_k = grad_v = grad_pos = grad_table = unit = None
+    if key_grad:
+        grad_k, grad_v = k.new_empty((2, splits, *k.shape), dtype=torch.float32)
+    if bias_grad:
         shape = (splits, problem.batch, problem.heads, problem.keys, 2)
         grad_pos = q.new_empty(shape, dtype=torch.float32)
+        deterministic = torch.are_deterministic_algorithms_enabled()
         grad_table = _table_gradient(problem, deterministic)
         unit = _fixed_point_unit(problem, grad_out) if deterministic else None
     deform_attn_dkdv_kernel[(tiles * splits,)](
@@ -165,14 +205,12 @@ def _backward_kv(
         NW=min(sizes.warps, sizes.keys),
         RW=rows_reached,
         FIXED=unit is not None,
+        KEY_GRAD=key_grad,
+        BIAS_GRAD=bias_grad,
         num_warps=sizes.warps,
         num_stages=sizes.stages,
     )
-    return (
-        grad_k.sum(0).to(k.dtype),
-        grad_v.sum(0).to(v.dtype),
-        *_finish_bias(problem, grad_pos, grad_table, unit),
-    )
+    return grad_k, grad_v, grad_pos, grad_table, unit
 
 
 def _finish_bias(

@@ -11,6 +11,8 @@ import triton.language as tl
 from .bias_tile import as_patch, bias_product, load_taps
 from .deform_attn_fwd import mask_last_tile
 from .tiles import (
+    dot,
+    dot_in_parts,
     keep_scale,
     load_columns_of,
     load_rows_of,
@@ -20,20 +22,20 @@ from .tiles import (
 
 
 @triton.jit(do_not_specialize=[
-    "num_heads", "heads_per_kv", "heads_per_group", "num_keys", "height", "width",
-    "table_h", "table_w", "row_pitch", "seed",
+    "num_heads", "heads_per_kv", "heads_per_group", "num_keys", "head_dim", "height",
+    "width", "table_h", "table_w", "row_pitch", "seed",
 ])  # fmt: skip
 def deform_attn_dq_kernel(
     p_q, p_k, p_v, p_taps, p_table, p_out, p_do, p_lse, p_delta, p_dq,
     q_b, q_h, q_n, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
     do_b, do_h, do_n, do_d,
-    num_heads, heads_per_kv, heads_per_group, num_keys, height, width,
+    num_heads, heads_per_kv, heads_per_group, num_keys, head_dim, height, width,
     table_h, table_w, row_pitch,
     step_y, step_x, q_factor, scale_log2, seed, dropout_p,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     BN: tl.constexpr, CW: tl.constexpr, NW: tl.constexpr,
     HAS_BIAS: tl.constexpr, IN_RANGE: tl.constexpr, DROPOUT: tl.constexpr,
-    SCALE_Q: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE_Q: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = R * C
     num_patches = tl.cdiv(height, R) * tl.cdiv(width, C)
@@ -45,18 +47,20 @@ def deform_attn_dq_kernel(
     i_kv = i_h // heads_per_kv
     p_k += i_b * k_b + i_kv * k_h
     p_v += i_b * v_b + i_kv * v_h
+    p_q += i_b * q_b + i_h * q_h
+    p_do += i_b * do_b + i_h * do_h
     if HAS_BIAS:
         i_bg = i_b * (num_heads // heads_per_group) + i_h // heads_per_group
         p_taps += i_bg * tl.cdiv(num_keys, BN) * (2 * BN)
         p_table += i_h * (4 * 8 * (table_h + 3)) * row_pitch
 
     # (M, DP)
-    b_q = load_rows_of(p_q + i_b * q_b + i_h * q_h, o_m, q_n, q_d, m_m, D, DP)
+    b_q = load_rows_of(p_q, o_m, q_n, q_d, m_m, D, DP)
     if SCALE_Q:
         b_q = (b_q * q_factor).to(b_q.dtype)
     o_row = i_bh.to(tl.int64) * height * width + o_m
     # (M, DP)
-    b_do = load_rows_of(p_do + i_b * do_b + i_h * do_h, o_m, do_n, do_d, m_m, D, DP)
+    b_do = load_rows_of(p_do, o_m, do_n, do_d, m_m, D, DP)
     b_out = load_rows_of(p_out, o_row, D, 1, m_m, D, DP)
     delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
     tl.store(p_delta + o_row, delta, mask=m_m)
@@ -72,23 +76,34 @@ def deform_attn_dq_kernel(
         b_v = load_columns_of(p_v, o_s.to(tl.int64), v_s, v_d, m_s, D, DP)
         if HAS_BIAS:
             b_ty, b_corner, _, b_u = load_taps(
-                p_taps + 2 * s0, col0, step_x, table_h, table_w, row_pitch, BN, False
+                p_taps + 2 * s0, col0, step_x, table_h, table_w, row_pitch, BN, NW
             )
             bias = bias_product(
                 p_table, b_ty, b_corner, b_u, row0, height, table_h, row_pitch,
-                step_y, step_x, R, C, CW, IN_RANGE, PRECISION,
+                step_y, step_x, R, C, CW, IN_RANGE,
             )  # fmt: skip
             bias = as_patch(bias, R, C, BN, NW).to(tl.float32)
-            logits = tl.dot(b_q, b_k, bias, input_precision=PRECISION)
         else:
-            logits = tl.dot(b_q, b_k, input_precision=PRECISION)
+            bias = tl.zeros([M, BN], tl.float32)
+        if PART == DP:
+            logits = dot(b_q, b_k, bias)
+            grad = dot(b_do, b_v)
+        else:
+            o_s = o_s.to(tl.int64)
+            logits = dot_in_parts(
+                p_q, q_n, q_d, o_m, m_m, q_factor, p_k, k_s, k_d,
+                o_s, m_s, bias, head_dim, PART,
+            )  # fmt: skip
+            grad = dot_in_parts(
+                p_do, do_n, do_d, o_m, m_m, 1.0, p_v, v_s, v_d,
+                o_s, m_s, tl.zeros([M, BN], tl.float32), head_dim, PART,
+            )  # fmt: skip
         logits = mask_last_tile(logits, m_s, s0, num_keys, BN)
         weights = tl.exp2(logits * scale_log2 - lse2[:, None])
-        grad = tl.dot(b_do, b_v, input_precision=PRECISION)
         if DROPOUT:
             grad *= keep_scale(seed, dropout_p, o_row[:, None], o_s[None, :], num_keys)
         grad = (weights * (grad - delta[:, None])).to(b_k.dtype)
-        acc = tl.dot(grad, tl.trans(b_k), acc, input_precision=PRECISION)
+        acc = dot(grad, tl.trans(b_k), acc)
 
     acc *= scale_log2 * q_factor * 0.6931471805599453
     store_rows_of(p_dq, acc, o_row, D, m_m, D, DP)

@@ -182,6 +182,7 @@ def deform_sample_forward(x: Tensor, pos: Tensor) -> Tensor:
         width,
         BS=POSITIONS,
         BC=block,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -222,6 +223,7 @@ def deform_sample_backward(
         BS=POSITIONS,
         BC=_block_channels(channels, MOST_CHANNELS_BACKWARD),
         FIXED=deterministic,
+        enable_fp_fusion=True,
     )
     if deterministic:
         grad_x = grad_x.double() / unit.double()

@@ -33,17 +33,15 @@ from .tiles import keep_scale
 
 
 @triton.jit
-def add_corner(
-    p_grad, grad, o_pixel, weight, m_n, unit,
+def add_channels(
+    p, grad, o_pixel, o_d, m_n, unit,
     D: tl.constexpr, DP: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """Adds (BQ, DP) times the corner's weight to its pixel, if that is on the map."""
-    o_d = tl.arange(0, DP)
-    p = p_grad + (o_pixel[:, None] + o_d[None, :])
-    mask = (m_n & (weight != 0.0))[:, None]
+    """Adds (BQ, channels) at the offsets o_pixel (BQ,) and o_d, as int64 if FIXED."""
+    p += o_pixel[:, None] + o_d[None, :]
+    mask = m_n[:, None]
     if D != DP:
         mask = mask & (o_d < D)[None, :]
-    grad = grad * weight[:, None]
     if FIXED:
         tl.atomic_add(p, (grad * unit).to(tl.int64), mask=mask, sem='relaxed')
     else:
@@ -51,14 +49,39 @@ def add_corner(
 
 
 @triton.jit
+def add_corner(
+    p_grad, grad, o_pixel, weight, m_n, unit,
+    D: tl.constexpr, DP: tl.constexpr, VEC: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """Adds (BQ, DP) times the corner's weight to its pixel, if that is on the map.
+
+    An atomic takes four numbers at most. Of a lane that holds eight, the first four
+    go out together, then the last four: no number moves to another lane.
+    """
+    m_n = m_n & (weight != 0.0)
+    grad = grad * weight[:, None]
+    if VEC == 8:
+        BQ: tl.constexpr = grad.shape[0]
+        grad = tl.permute(tl.reshape(grad, (BQ, DP // 8, 2, 4)), (0, 1, 3, 2))
+        first, last = tl.split(grad)
+        o_d = tl.arange(0, DP // 2)
+        o_d = o_d // 4 * 8 + o_d % 4
+        first, last = tl.reshape(first, (BQ, DP // 2)), tl.reshape(last, (BQ, DP // 2))
+        add_channels(p_grad, first, o_pixel, o_d, m_n, unit, D, DP, FIXED)
+        add_channels(p_grad, last, o_pixel, o_d + 4, m_n, unit, D, DP, FIXED)
+    else:
+        add_channels(p_grad, grad, o_pixel, tl.arange(0, DP), m_n, unit, D, DP, FIXED)
+
+
+@triton.jit
 def add_corners(
     p_grad, grad, o_00, o_01, o_10, o_11, w_00, w_01, w_10, w_11, m_n, unit,
-    D: tl.constexpr, DP: tl.constexpr, FIXED: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, VEC: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    add_corner(p_grad, grad, o_00, w_00, m_n, unit, D, DP, FIXED)
-    add_corner(p_grad, grad, o_01, w_01, m_n, unit, D, DP, FIXED)
-    add_corner(p_grad, grad, o_10, w_10, m_n, unit, D, DP, FIXED)
-    add_corner(p_grad, grad, o_11, w_11, m_n, unit, D, DP, FIXED)
+    add_corner(p_grad, grad, o_00, w_00, m_n, unit, D, DP, VEC, FIXED)
+    add_corner(p_grad, grad, o_01, w_01, m_n, unit, D, DP, VEC, FIXED)
+    add_corner(p_grad, grad, o_10, w_10, m_n, unit, D, DP, VEC, FIXED)
+    add_corner(p_grad, grad, o_11, w_11, m_n, unit, D, DP, VEC, FIXED)
 
 
 @triton.jit
@@ -175,11 +198,11 @@ def deform_sdpa_bwd_kernel(
             )
             add_corners(
                 p_dk, grad_k, o_00, o_01, o_10, o_11, w_00, w_01, w_10, w_11,
-                m_n, unit_k, D, DP, FIXED,
+                m_n, unit_k, D, DP, VEC, FIXED,
             )  # fmt: skip
             add_corners(
                 p_dv, grad_v, o_00, o_01, o_10, o_11, w_00, w_01, w_10, w_11,
-                m_n, unit_v, D, DP, FIXED,
+                m_n, unit_v, D, DP, VEC, FIXED,
             )  # fmt: skip
             # (BQ,)
             g_00 = weight_grad(grad_k, k_00, grad_v, v_00)
@@ -231,7 +254,7 @@ def deform_sdpa_backward(
     )
     deterministic = torch.are_deterministic_algorithms_enabled()
     units = _fixed_point_units(problem, grad_out) if deterministic else None
-    tile = problem.tile('deform_sdpa_bwd')
+    tile = problem.tile('deform_sdpa_bwd' + '_fixed' * deterministic)
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dtype = torch.int64 if deterministic else torch.float32
     grad_k, grad_v = (k.new_zeros(k.shape, dtype=dtype) for _ in range(2))
@@ -254,8 +277,7 @@ def deform_sdpa_backward(
         *problem.input_strides(),
         **problem.arguments(tile),
         FIXED=deterministic,
-        num_warps=tile.warps,
-        num_stages=1,
+        **tile.options,
     )
     if deterministic:
         grad_k, grad_v = grad_k.double() / units[0], grad_v.double() / units[1]

@@ -132,7 +132,6 @@ def deform_sdpa_forward(
         lse,
         *problem.input_strides(),
         **problem.arguments(tile),
-        num_warps=tile.warps,
-        num_stages=1,
+        **tile.options,
     )
     return out, lse

@@ -76,5 +76,6 @@ def pack_table(rpb_table: Tensor, window: int, factor: float, dtype) -> Tensor:
         factor,
         FLOAT16_LIMIT if dtype == torch.float16 else float('inf'),
         BLOCK=block,
+        enable_fp_fusion=True,
     )
     return packed

@@ -7,7 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from .block_sizes import BlockSizes, block_sizes, pad_head_dim
+from .block_sizes import (
+    BlockSizes,
+    block_sizes,
+    dot_part,
+    fuses_bias_gradient,
+    pad_head_dim,
+)
 from .key_taps import key_taps
 from .pack_table import pack_table, row_pitch
 from .patches import Axis, Patch, axis_of, choose_patch, flat_patch
@@ -69,7 +75,21 @@ class Problem:
             self.axis_y = self.axis_x = Axis(0.0, 0.0, 0.0)
 
     def sizes(self, op: str) -> BlockSizes:
-        return block_sizes(op, self.head_dim, self.q.dtype, self.arch)
+        """Block sizes of an op; smaller where dropout takes registers."""
+        sizes = block_sizes(op, self.head_dim, self.q.dtype, self.arch)
+        if self.dropout_p == 0:
+            return sizes
+        sizes = dataclasses.replace(sizes, stages=1)
+        if sizes.keys > 16:
+            return dataclasses.replace(sizes, keys=sizes.keys // 2)
+        if sizes.queries == 64:  # more queries have registers left
+            return dataclasses.replace(sizes, queries=32, warps=8)
+        return sizes
+
+    def fuses_bias_gradient(self) -> bool:
+        """Dropout takes the registers that fusing needs."""
+        fits = fuses_bias_gradient(self.head_dim, self.q.dtype)
+        return fits and self.dropout_p == 0
 
     def patch(self, sizes: BlockSizes) -> Patch:
         if not self.has_bias:
@@ -86,8 +106,7 @@ class Problem:
     def key_taps(self, sizes: BlockSizes) -> Tensor | None:
         if not self.has_bias:
             return None
-        warps = min(sizes.warps, sizes.keys)
-        return key_taps(self.pos, self.axis_y, self.axis_x, sizes.keys, warps)
+        return key_taps(self.pos, self.axis_y, self.axis_x, sizes.keys)
 
     def num_patches(self, patch: Patch) -> int:
         height, width = self.map_size
@@ -105,6 +124,7 @@ class Problem:
             heads_per_kv=self.heads // self.kv_heads,
             heads_per_group=self.heads // self.groups,
             num_keys=self.keys,
+            head_dim=self.head_dim,
             height=height,
             width=width,
             table_h=table_h,
@@ -118,6 +138,7 @@ class Problem:
             dropout_p=self.dropout_p,
             D=self.head_dim,
             DP=pad_head_dim(self.head_dim),
+            PART=dot_part(self.head_dim, self.q.dtype),
             R=patch.rows,
             C=patch.cols,
             CW=patch.window,
@@ -125,8 +146,6 @@ class Problem:
             IN_RANGE=self.pos_in_range,
             DROPOUT=self.dropout_p > 0,
             SCALE_Q=self.q_factor != 1.0,
-            # Three TF32 products on tensor cores are about as exact as float32
-            # (2^-21); 'ieee' would leave the tensor cores. With 16-bit inputs this
-            # only concerns sums of the table's gradient, for which TF32 will do.
-            PRECISION='tf32x3' if self.q.dtype == torch.float32 else 'tf32',
+            # The default up to Triton 3.9 only.
+            enable_fp_fusion=True,
         )

@@ -8,18 +8,30 @@ from . import (
     deform_attn_forward,
     deform_sample_backward,
     deform_sample_forward,
+    neighborhood_attn_backward,
+    neighborhood_attn_forward,
 )
 
 GRID_SIZE, KEY_GRID, TABLE_SIZE = (200, 334), (25, 42), (111, 111)
+KERNEL_SIZE = 7
 
 
 def _once_each(launches: list[aot.Launch]) -> list[aot.Launch]:
-    """The first launch of each kernel."""
-    return list({launch.name: launch for launch in reversed(launches)}.values())[::-1]
+    """The first launch of each kernel, of the passes of deform_attn's backward too."""
+    passes = {
+        (launch.name, launch.arguments.get('KEY_GRAD')): launch
+        for launch in reversed(launches)
+    }
+    return list(passes.values())[::-1]
 
 
 def attention(
-    arch: int, head_dim: int, dtype: torch.dtype, bias: bool = True
+    arch: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    bias: bool = True,
+    dropout_p: float = 0.0,
+    pos_in_range: bool = True,
 ) -> list[aot.Launch]:
     """Every kernel of a deform_attn call, forward and backward, in launch order."""
     q = torch.empty(1, 2, GRID_SIZE[0] * GRID_SIZE[1], head_dim, dtype=dtype)
@@ -31,8 +43,8 @@ def attention(
         seed=0,
         grid_size=GRID_SIZE,
         scale=head_dim**-0.5,
-        dropout_p=0.0,
-        pos_in_range=True,
+        dropout_p=dropout_p,
+        pos_in_range=pos_in_range,
     )
     with aot.record_launches(arch) as launches:
         out, lse = deform_attn_forward(q, k, v, pos, table, **options)
@@ -49,3 +61,29 @@ def sampling(arch: int, dtype: torch.dtype) -> list[aot.Launch]:
         out = deform_sample_forward(x, pos)
         deform_sample_backward(out, x, pos)
     return _once_each(launches)
+
+
+def neighborhood(
+    arch: int, head_dim: int, dtype: torch.dtype, kernel_size: int = KERNEL_SIZE
+) -> list[aot.Launch]:
+    """The distinct launches of a neighborhood_attn call, forward and backward."""
+    places = GRID_SIZE[0] * GRID_SIZE[1]
+    q, k, v = torch.empty(3, 1, 2, places, head_dim, dtype=dtype)
+    side = 2 * kernel_size - 1
+    rpb = torch.empty(2, side, side)
+    options = dict(
+        seed=0,
+        grid_size=GRID_SIZE,
+        kernel_size=kernel_size,
+        dilation=1,
+        scale=head_dim**-0.5,
+        dropout_p=0.0,
+    )
+    with aot.record_launches(arch) as launches:
+        out, lse = neighborhood_attn_forward(q, k, v, rpb, **options)
+        neighborhood_attn_backward(q, out, lse, q, k, v, rpb, **options)
+    distinct = {}
+    for launch in launches:
+        sizes = (launch.arguments.get(name) for name in ('OUT', 'QUERY_GRAD'))
+        distinct.setdefault((launch.name, *sizes), launch)
+    return list(distinct.values())

@@ -13,6 +13,11 @@ from .block_sizes import pad_head_dim
 LOG2_E = math.log2(math.e)
 # Nothing is shared between warps, so programs of one warp wait for no other.
 WARPS = 1
+_HEADS_OF_TWO_VECTORS = {
+    'deform_sdpa_fwd': 4,
+    'deform_sdpa_bwd': 2,
+    'deform_sdpa_bwd_fixed': 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +26,23 @@ class SdpaTile:
     queries, heads: Of a tile, powers of two.
     channels: That a lane holds of each row in one vector.
     warps: num_warps.
+    registers: Most of a lane; None leaves it to the compiler, which rather spills a
+        few than gives up a step of occupancy.
     """
 
     queries: int
     heads: int
     channels: int
     warps: int
+    registers: int | None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of a launch."""
+        options = dict(num_warps=self.warps, num_stages=1)
+        if self.registers is not None:
+            options['maxnreg'] = self.registers
+        return options
 
 
 @functools.cache
@@ -36,7 +52,8 @@ def sdpa_tile(
     """The tile of one kernel: all lanes of a program span (queries, channels).
 
     Args:
-        op: 'deform_sdpa_fwd' or 'deform_sdpa_bwd'.
+        op: 'deform_sdpa_fwd', 'deform_sdpa_bwd' or 'deform_sdpa_bwd_fixed', that with
+            fixed-point sums.
         heads_per_unit: Query heads that share kv head and offset group.
         head_dim: D, 8 to 256.
         dtype: dtype of q.
@@ -44,19 +61,20 @@ def sdpa_tile(
     """
     padded = pad_head_dim(head_dim)
     heads = min(8, 1 << (heads_per_unit - 1).bit_length())
-    # 16 bytes; backward has three tiles in registers, and fewer channels of each
     channels = 16 // dtype.itemsize
-    if op == 'deform_sdpa_bwd':
-        channels = 4
-    # A row that is longer than a warp takes several vectors a lane: fewer heads.
-    vectors = max(1, padded // (32 * channels))
-    heads = max(1, min(heads, 8 // vectors))
-    if op == 'deform_sdpa_bwd' and vectors > 1:
-        heads = min(heads, 2)
-    if op == 'deform_sdpa_bwd' and arch < 90:
-        heads = min(heads, 4)  # atomics of one number take more registers: no spills
+    if op != 'deform_sdpa_fwd':
+        # Three tiles in registers. Heads come first: every block of heads gathers
+        # and scatters anew. With the most of them, lanes hold fewer channels.
+        # Atomics of one number (fixed point, old GPUs) take more registers.
+        most = 8 if op == 'deform_sdpa_bwd' and arch >= 90 else 4
+        heads = min(heads, most if padded < 256 else 2)
+        if heads == most or (heads > 2 and padded > 32):
+            channels = 4
+    if padded > 32 * channels:  # two vectors a lane of each row
+        heads = min(heads, _HEADS_OF_TWO_VECTORS[op])
     queries = max(WARPS, 32 * WARPS * channels // padded)
-    return SdpaTile(queries, heads, channels, WARPS)
+    registers = 255 if heads > 1 or op == 'deform_sdpa_bwd_fixed' else None
+    return SdpaTile(queries, heads, channels, WARPS, registers)
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def test_shifted_window():
     check(module, arrays)
 
 
-@pytest.mark.parametrize('backend', ['naive', 'torch'])
+@pytest.mark.parametrize('backend', ['naive', 'torch', INTERPRETED])
 def test_neighborhood(backend):
     config, arrays = load_golden('neighborhood_attn')
     module = NeighborhoodAttention(

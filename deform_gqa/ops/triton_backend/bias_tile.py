@@ -18,8 +18,8 @@ gathered ``rows`` by the C columns, and nothing is looked up per pair.
 
 Cost, counted from SASS (Triton 3.9, sm_90, bfloat16, D = 32, patches of 16 x 16, steps
 of a detection map; instructions of the inner loop a lane and (query, key, head) pair,
-by ``tools/kernel_report.py``): the forward kernel takes 20, the same loop without a
-bias 9. So the bias costs 11: about 2.5 for the column weights, 2.5 for gathering and
+by ``tools/kernel_report.py``): the forward kernel takes 19, the same loop without a
+bias 9. So the bias costs 10: about 2.5 for the column weights, 2.5 for gathering and
 blending rows, 3 for the product and for moving it into the accumulator of q k^T, the
 rest for coordinates. Other forms were counted, bias included, at 103 (four taps loaded
 a pair) and 70 (a gather along rows blended once).

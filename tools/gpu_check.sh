@@ -101,8 +101,8 @@ run_sanitizer() {
         step "sanitizer_$tool" "$SANITIZER_S" \
             env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$PYTHON" tools/benchmark.py op deform_attn deform_sdpa --device cuda \
-            --dtype bf16 --gate-only --backends triton --batch-sizes 1 \
+            "$PYTHON" tools/benchmark.py op deform_attn deform_sdpa \
+            neighborhood_attn --device cuda --dtype bf16 --gate-only --backends triton --batch-sizes 1 \
             --sizes 60x92 --stages 1 2 --kv-heads full \
             --maps 7x9 --heads 4 --views 2 --points 3 || code=1
     done

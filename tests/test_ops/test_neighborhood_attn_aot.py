@@ -15,7 +15,7 @@ from deform_gqa.ops.triton_backend.representative import neighborhood
 # Instructions per (query, key) pair of a tile, of the loop at borders, the longer one.
 MOST_PER_PAIR = {
     'neighborhood_fwd_kernel': 22,
-    'neighborhood_dq_kernel': 24,
+    'neighborhood_dq_kernel': 27,
     'neighborhood_dkdv_kernel': 32,
 }
 

@@ -166,7 +166,7 @@ _TABLE = {
     ('neighborhood_dq', 2, False): {
         32: BlockSizes(64, 64, 4, 1),
         64: BlockSizes(64, 32, 4, 1),
-        128: BlockSizes(64, 16, 4, 1),
+        128: BlockSizes(64, 32, 4, 1),
         256: BlockSizes(64, 64, 4, 1),
     },
     ('neighborhood_dkdv', 2, False): {
@@ -176,7 +176,7 @@ _TABLE = {
         256: BlockSizes(16, 64, 4, 1),
     },
     ('neighborhood_fwd', 4, True): {
-        32: BlockSizes(64, 64, 4, 1),
+        32: BlockSizes(64, 32, 4, 1),
         64: BlockSizes(64, 64, 4, 1),
         128: BlockSizes(64, 64, 4, 1),
         256: BlockSizes(64, 64, 4, 1),
@@ -194,13 +194,13 @@ _TABLE = {
         256: BlockSizes(32, 64, 4, 1),
     },
     ('neighborhood_fwd', 4, False): {
-        32: BlockSizes(64, 64, 4, 1),
+        32: BlockSizes(64, 32, 4, 1),
         64: BlockSizes(64, 32, 4, 1),
         128: BlockSizes(64, 32, 4, 1),
         256: BlockSizes(64, 32, 4, 1),
     },
     ('neighborhood_dq', 4, False): {
-        32: BlockSizes(64, 16, 4, 1),
+        32: BlockSizes(64, 32, 4, 1),
         64: BlockSizes(64, 32, 4, 1),
         128: BlockSizes(64, 32, 4, 1),
         256: BlockSizes(64, 32, 4, 1),

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from .block_sizes import fuses_bias_gradient
 from .device import on_device_of_first_tensor
 from .neighborhood_bwd_kv import neighborhood_dkdv_kernel
 from .neighborhood_bwd_q import neighborhood_dq_kernel
@@ -67,10 +68,10 @@ def _backward_q(
         shape = (problem.batch, problem.heads, patches, side, side)
         grad_rpb = q.new_empty(shape, dtype=torch.float32)
     launches = problem.output_parts()
-    whole = len(launches) == 1
+    fused = fuses_bias_gradient(problem.head_dim, q.dtype)
     for launch in launches:
-        launch.update(QUERY_GRAD=True, BIAS_GRAD=whole and rpb is not None)
-    if not whole and rpb is not None:
+        launch.update(QUERY_GRAD=True, BIAS_GRAD=fused and rpb is not None)
+    if rpb is not None and not fused:
         launches.append(dict(launches[0], QUERY_GRAD=False, BIAS_GRAD=True))
     table = problem.table(tile, owns_keys=False)
     for launch in launches:

@@ -51,9 +51,8 @@ def add_heads(
     dilation, kernel_size, o_b, num_places, head_dim, first_dim, q_factor, scale_log2,
     seed, dropout_p,
     D: tl.constexpr, DP: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
-    BN: tl.constexpr, WC: tl.constexpr, BORDER: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, SCALE_Q: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, WC: tl.constexpr,
+    BORDER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SCALE_Q: tl.constexpr,
 ):  # fmt: skip
     """Adds query heads [first_head, last_head) to dk and dv."""
     o_n, row_n, col_n = walk_offsets(width, dilation, BN, WC)
@@ -124,8 +123,7 @@ def neighborhood_dkdv_kernel(
     num_heads, heads_per_kv, num_patches, height, width, kernel_size, dilation,
     head_dim, first_dim, q_factor, scale_log2, seed, dropout_p, num_splits,
     D: tl.constexpr, DP: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
-    BN: tl.constexpr, WC: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, WC: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SCALE_Q: tl.constexpr,
 ):  # fmt: skip
     num_places = height * width.to(tl.int64)

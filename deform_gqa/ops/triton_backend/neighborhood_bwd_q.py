@@ -8,8 +8,8 @@ The gradient of the bias is summed in two steps, both by tensor cores: the tiles
 (query, key) pairs by row offset, for each column of the patch and of the tile, into a
 (NB, C * WC) accumulator that lives as long as a column of tiles; then this by column
 offset. A program writes one (2K - 1, 2K - 1) sum, and the host adds those of all
-patches: no atomics, the same bits each time. Large heads take several launches: some
-for PART dimensions of dq each, and one for the bias alone.
+patches: no atomics, the same bits each time. Large heads, and float32, take
+several launches: for PART dimensions of dq each, and one for the bias alone.
 """
 
 import triton

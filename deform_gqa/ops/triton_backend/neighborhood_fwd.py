@@ -41,12 +41,11 @@ from .tiles import (
 def attend(
     b_q, p_q, p_k, p_v, q_n, q_d, k_n, k_d, v_n, v_d, p_table, i_h, o_m, m_m, start_row,
     start_col, o_row, row0, col0, row_begin, row_end, first_jx, last_jx, origin, rows,
-    cols, width, dilation,
-    kernel_size, num_places, head_dim, q_factor, scale_log2, seed, dropout_p,
+    cols, width, dilation, kernel_size, num_places, head_dim, q_factor, scale_log2,
+    seed, dropout_p,
     D: tl.constexpr, DP: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
-    BN: tl.constexpr, WC: tl.constexpr, BORDER: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, WC: tl.constexpr,
+    BORDER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over all tiles of a patch: largest logit, sum, output so far."""
     peak = tl.full([R * C], -1e30, tl.float32)
@@ -104,8 +103,7 @@ def neighborhood_fwd_kernel(
     num_heads, heads_per_kv, num_patches, height, width, kernel_size, dilation,
     head_dim, first_dim, q_factor, scale_log2, seed, dropout_p,
     D: tl.constexpr, DP: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
-    BN: tl.constexpr, WC: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, WC: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SCALE_Q: tl.constexpr,
 ):  # fmt: skip
     num_places = height * width.to(tl.int64)

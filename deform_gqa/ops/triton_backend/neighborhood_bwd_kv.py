@@ -52,7 +52,8 @@ def add_heads(
     seed, dropout_p,
     D: tl.constexpr, DP: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, WC: tl.constexpr,
-    BORDER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SCALE_Q: tl.constexpr,
+    BORDER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    SCALE_Q: tl.constexpr,
 ):  # fmt: skip
     """Adds query heads [first_head, last_head) to dk and dv."""
     o_n, row_n, col_n = walk_offsets(width, dilation, BN, WC)

@@ -6,7 +6,7 @@ import math
 # Instructions per (query, key) pair of the compiled forward kernel, fitted to a few
 # patch shapes: a constant, a share of the column weights and one of the row loads.
 COST, COST_COLUMNS, COST_ROWS, COST_TILE = 12.0, 8.0, 10.0, 600.0
-MAX_WINDOW = 64
+MIN_WINDOW, MAX_WINDOW = 8, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Patch:
 def window_of(step: float, count: int) -> int:
     """Cells reached by ``count`` neighboring queries: a power of two, at least 8."""
     cells = math.ceil(step * (count - 1) - 1e-6) + 2
-    return max(8, 1 << (cells - 1).bit_length())
+    return max(MIN_WINDOW, 1 << (cells - 1).bit_length())
 
 
 def choose_patch(most: int, height: int, width: int, step_x: float) -> Patch:

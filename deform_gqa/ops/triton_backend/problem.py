@@ -16,7 +16,16 @@ from .block_sizes import (
 )
 from .key_taps import key_taps
 from .pack_table import pack_table, row_pitch
-from .patches import Axis, Patch, axis_of, choose_patch, flat_patch
+from .patches import (
+    MAX_WINDOW,
+    MIN_WINDOW,
+    Axis,
+    Patch,
+    axis_of,
+    choose_patch,
+    flat_patch,
+    window_of,
+)
 
 LOG2_E = math.log2(math.e)
 # The bias enters the kernels divided by the scale of the logits: scales below this
@@ -75,8 +84,16 @@ class Problem:
             self.axis_y = self.axis_x = Axis(0.0, 0.0, 0.0)
 
     def sizes(self, op: str) -> BlockSizes:
-        """Block sizes of an op; smaller where dropout takes registers."""
+        """Block sizes of an op; smaller where a fine table or dropout take room."""
         sizes = block_sizes(op, self.head_dim, self.q.dtype, self.arch)
+        # Tiles of keys hold as many columns of the table for each key.
+        window = min(window_of(self.axis_x.step, 16), MAX_WINDOW)
+        while self.has_bias and window > MIN_WINDOW:
+            window //= 2
+            if sizes.keys > 16:
+                sizes = dataclasses.replace(sizes, keys=sizes.keys // 2, stages=1)
+            elif sizes.queries > 64:
+                sizes = dataclasses.replace(sizes, queries=sizes.queries // 2, stages=1)
         if self.dropout_p == 0:
             return sizes
         sizes = dataclasses.replace(sizes, stages=1)
@@ -87,9 +104,10 @@ class Problem:
         return sizes
 
     def fuses_bias_gradient(self) -> bool:
-        """Dropout takes the registers that fusing needs."""
+        """Dropout and fine tables take the registers that fusing needs."""
         fits = fuses_bias_gradient(self.head_dim, self.q.dtype)
-        return fits and self.dropout_p == 0
+        is_coarse = window_of(self.axis_x.step, 16) <= 2 * MIN_WINDOW
+        return fits and is_coarse and self.dropout_p == 0
 
     def patch(self, sizes: BlockSizes) -> Patch:
         if not self.has_bias:

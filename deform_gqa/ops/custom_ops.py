@@ -3,7 +3,8 @@
 They take a backend name ('torch' or 'triton') and pass the call on, so that
 torch.compile sees one opaque node whatever runs inside. Forward returns (out, lse)
 with lse (B, Hq, N) the log-sum-exp of the logits (float32; float64 for float64 q);
-backward recomputes the weights from it. Neither is differentiable twice.
+backward recomputes the weights from it. Neither is differentiable twice. out and the
+gradient of q have the layout of ``layout.py``; all else is contiguous.
 """
 
 import importlib
@@ -11,6 +12,8 @@ import importlib
 import torch
 from torch import Tensor
 from torch.library import custom_op
+
+from .layout import empty_tokens_like
 
 
 def _run(backend: str, name: str, first: Tensor, *args, **options):
@@ -76,7 +79,7 @@ def deform_attn_op(
 
 @deform_attn_op.register_fake
 def _(q, k, v, pos, rpb_table, *options):
-    return _contiguous_like(q), _lse_like(q)
+    return empty_tokens_like(q), _lse_like(q)
 
 
 @custom_op('deform_gqa::deform_attn_backward', mutates_args=())
@@ -118,7 +121,8 @@ def deform_attn_backward_op(
 
 @deform_attn_backward_op.register_fake
 def _(grad_out, out, lse, q, k, v, pos, rpb_table, *options):
-    return tuple(_gradient_like(x, q) for x in (q, k, v, pos, rpb_table))
+    grads = (_gradient_like(x, q) for x in (k, v, pos, rpb_table))
+    return empty_tokens_like(q), *grads
 
 
 def _deform_attn_setup(ctx, inputs, output):
@@ -207,7 +211,7 @@ def neighborhood_attn_op(
 
 @neighborhood_attn_op.register_fake
 def _(q, k, v, rpb, *options):
-    return _contiguous_like(q), _lse_like(q)
+    return empty_tokens_like(q), _lse_like(q)
 
 
 @custom_op('deform_gqa::neighborhood_attn_backward', mutates_args=())
@@ -249,7 +253,7 @@ def neighborhood_attn_backward_op(
 
 @neighborhood_attn_backward_op.register_fake
 def _(grad_out, out, lse, q, k, v, rpb, *options):
-    return tuple(_gradient_like(x, q) for x in (q, k, v, rpb))
+    return empty_tokens_like(q), *(_gradient_like(x, q) for x in (k, v, rpb))
 
 
 def _neighborhood_attn_setup(ctx, inputs, output):

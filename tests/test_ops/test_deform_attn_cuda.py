@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from cases import DeformAttnCase
+from cases import DeformAttnCase, draw_inputs
 from torch.testing import assert_close
 
 pytest.importorskip('triton')
 
-from triton_cases import assert_as_good_as, draw_inputs, poisoned_memory, to_double
+from triton_cases import assert_as_good_as, poisoned_memory, to_double
 
 from deform_gqa.ops import deform_attn, deform_sample
 

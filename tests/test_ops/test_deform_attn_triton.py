@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import DeformAttnCase, output_and_gradients
+from cases import DeformAttnCase, draw_inputs, output_and_gradients
 from drawn_cases import small_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +15,6 @@ pytest.importorskip('triton')
 from triton_cases import (
     SIZES,
     assert_as_good_as,
-    draw_inputs,
     poisoned_memory,
     tile_sizes,
     to_double,

@@ -3,7 +3,6 @@ import torch
 from torch.testing import assert_close
 
 from deform_gqa.ops import deform_sample
-from deform_gqa.ops.torch_backend.deform_sample import _by_taps
 
 
 def make(dtype=torch.float64, shape=(2, 6, 5, 7), groups=3, keys=11):
@@ -20,11 +19,14 @@ def make(dtype=torch.float64, shape=(2, 6, 5, 7), groups=3, keys=11):
     'shape', [(2, 6, 5, 7), (1, 3, 1, 9), (2, 3, 4, 1), (0, 3, 4, 4)]
 )
 @pytest.mark.parametrize('groups', [1, 3])
-def test_taps_equal_naive(shape, groups):
-    """The form that is deterministic on CUDA, in values and gradients."""
+@pytest.mark.parametrize('on_pixels', [False, True])
+def test_equals_naive(shape, groups, on_pixels):
+    """In values and gradients, also where points are on pixels, as clamped ones are."""
     x, pos = make(shape=shape, groups=groups)
+    if on_pixels:
+        pos = pos.detach().round().requires_grad_()
     expected = deform_sample(x, pos, backend='naive')
-    actual = _by_taps(x, pos)
+    actual = deform_sample(x, pos, backend='torch')
     assert_close(actual, expected)
     grad = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, (x, pos), grad)

@@ -141,6 +141,23 @@ def test_gradient_that_is_not_contiguous():
         assert torch.equal(a, w)
 
 
+@pytest.mark.parametrize('head_dim', [16, 200])
+def test_any_layout_of_the_saved_output(head_dim):
+    case = dataclasses.replace(CASE, grid_size=(4, 5), kernel_size=3, heads=4)
+    case = dataclasses.replace(case, head_dim=head_dim)
+    inputs = [x.detach() for x in case.inputs(torch.float32)]
+    options = dict(seed=0, **case.options(), scale=0.3, dropout_p=0.0)
+    out, lse = neighborhood_attn_forward(*inputs, **options)
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+    grad_out = torch.randn(out.shape)
+    wanted = neighborhood_attn_backward(grad_out, out, lse, *inputs, **options)
+    assert wanted[0].transpose(1, 2).is_contiguous()
+    for copy in (out.contiguous(), out.transpose(2, 3).contiguous().transpose(2, 3)):
+        actual = neighborhood_attn_backward(grad_out, copy, lse, *inputs, **options)
+        for a, w in zip(actual, wanted, strict=True):
+            assert torch.equal(a, w)
+
+
 @pytest.mark.parametrize('rpb', [True, False])
 def test_empty_batch(rpb):
     case = dataclasses.replace(CASE, batch=0, rpb=rpb)

@@ -10,8 +10,14 @@ pytest.importorskip('triton')
 if os.environ.get('TRITON_INTERPRET') == '1':
     pytest.skip('interpreted kernels do not compile', allow_module_level=True)
 
-from deform_gqa.ops.triton_backend import aot, representative
-from deform_gqa.ops.triton_backend.representative import attention, sampling
+from deform_gqa.ops.triton_backend import aot
+from deform_gqa.ops.triton_backend.representative import (
+    CLASSIFICATION,
+    DETECTION,
+    IN_BETWEEN,
+    attention,
+    sampling,
+)
 
 DOTS = {'deform_attn_fwd_kernel', 'deform_attn_dq_kernel', 'deform_attn_dkdv_kernel'}
 # Instructions per (query, key) pair: a kernel that got much worse has lost a layout.
@@ -96,13 +102,27 @@ def test_deterministic_mode(dtype):
         check_resources(aot.report_launch(launch, 90))
 
 
+@pytest.mark.parametrize('maps', [CLASSIFICATION, IN_BETWEEN])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize('arch', [80, 90])
-def test_tables_as_fine_as_the_map_fit(arch, monkeypatch):
-    """At 224 pixels a tile of keys sees four times as many columns of the table."""
-    monkeypatch.setattr(representative, 'GRID_SIZE', (56, 56))
-    monkeypatch.setattr(representative, 'KEY_GRID', (7, 7))
-    for launch in attention(arch, 32, torch.bfloat16):
-        report = aot.report_launch(launch, arch)
-        assert report.shared_bytes <= aot.SHARED_LIMITS[arch], report
-        # Some bytes still spill in a backward kernel; there were thousands.
-        assert report.stack_bytes + report.local_bytes <= 32, report
+def test_finer_tables(arch, dtype, maps):
+    """A tile of keys sees more columns of the table the finer that is."""
+    for head_dim in (32, 64):
+        for launch in attention(arch, head_dim, dtype, maps=maps):
+            check_resources(aot.report_launch(launch, arch))
+
+
+@pytest.mark.parametrize('maps', [DETECTION, CLASSIFICATION])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize('arch', [80, 90])
+def test_stacked_heads(arch, dtype, maps):
+    """Stacking the heads of a kv head costs no instructions."""
+    options = dict(maps=maps, pos_in_range=False)
+    alone = attention(arch, 32, dtype, **options)
+    stacked = attention(arch, 32, dtype, heads_per_kv=4, **options)
+    for one, some in zip(alone, stacked, strict=True):
+        if some.arguments.get('HS', 1) == 1:
+            continue
+        one, some = aot.report_launch(one, arch), aot.report_launch(some, arch)
+        check_resources(some)
+        assert some.per_pair['all'] <= 1.05 * one.per_pair['all'], (one, some)

@@ -5,16 +5,10 @@ import functools
 from unittest import mock
 
 import torch
-from cases import DeformAttnCase
 from torch import Tensor
 
 from deform_gqa.ops.triton_backend import problem
 from deform_gqa.ops.triton_backend.block_sizes import BlockSizes
-from deform_gqa.ops.triton_backend.patches import axis_of
-
-# A position this close to a table cell, in cells, may be on either side of it in
-# another precision, and bilinear interpolation has no derivative there.
-MARGIN = 1e-4
 
 # Small tiles, so that small inputs have several of them, and the usual ones.
 SIZES = [
@@ -22,31 +16,6 @@ SIZES = [
     BlockSizes(queries=128, keys=16, warps=4, stages=1),
     BlockSizes(queries=256, keys=32, warps=8, stages=1),
 ]
-
-
-def move_off_cells(case: DeformAttnCase, pos: Tensor) -> None:
-    """Moves positions, in place, until no query is within MARGIN of a table cell."""
-    generator = torch.Generator().manual_seed(case.seed)
-    with torch.no_grad():
-        for axis in range(2):
-            size = case.grid_size[axis]
-            map_axis = axis_of(size, case.table_size[axis])
-            at = pos[..., axis]
-            for _ in range(100):
-                t = map_axis.base + (1 - at.double()) * map_axis.half
-                t = t.unsqueeze(-1) + torch.arange(size) * map_axis.step
-                near = ((t - t.round()).abs() < MARGIN).any(-1) & (map_axis.half > 0)
-                if not near.any():
-                    break
-                nudge = torch.rand(at.shape, generator=generator) * 0.01
-                at.copy_(torch.where(near, at * (1 - nudge), at))
-
-
-def draw_inputs(case: DeformAttnCase, dtype: torch.dtype) -> list[Tensor | None]:
-    inputs = case.inputs(dtype)
-    if inputs[3] is not None:
-        move_off_cells(case, inputs[3])
-    return inputs
 
 
 def poisoned(function):

@@ -179,21 +179,38 @@ class DeformableGQA(nn.Module):
                 f'kernel (offset_kernel_size = stride = {kernel})'
             )
         dtype = torch.float64 if q_map.dtype == torch.float64 else torch.float32
-        batch = q_map.shape[0]
-        groups = q_map.reshape(batch * self.offset_groups, -1, *q_map.shape[2:])
         # bf16 offsets would move a sample by up to a third of a pixel of a wide map.
         with torch.autocast(q_map.device.type, enabled=False):
-            weight = self.conv_offset[0].weight
-            offset = self.conv_offset(groups.to(weight.dtype)).to(dtype)
-        size = tuple(offset.shape[2:])
-        offset = offset.flatten(2).transpose(1, 2)  # (B * G, S, 2)
+            offset = self._offset_maps(q_map).to(dtype)
+        size = tuple(offset.shape[1:3])
+        offset = offset.flatten(1, 2).transpose(1, 2)  # (B, G, S, 2)
         if self.offset_range_factor >= 0:
             cells = offset.new_tensor([max(side - 1, 1) for side in size])
             offset = offset.tanh() * (self.offset_range_factor / cells)
         pos = offset + reference_points(size, offset)
         if self.offset_range_factor < 0:
             pos = pos.clamp(-1, 1)
-        return pos.unflatten(0, (batch, self.offset_groups))
+        return pos
+
+    def _offset_maps(self, q_map: Tensor) -> Tensor:
+        """``conv_offset`` of each group of channels: (B, Sy, Sx, G, 2).
+
+        As its convolution has one filter a channel, the filters repeated for each group
+        are one convolution of the map as it lies in memory. Groups moved to the batch
+        would have to be copied, and channels first are several times slower on a CPU.
+        """
+        conv, norm, act, proj = self.conv_offset
+        groups = self.offset_groups
+        x = F.conv2d(
+            q_map.to(conv.weight.dtype),
+            conv.weight.repeat(groups, 1, 1, 1),
+            conv.bias.repeat(groups),
+            conv.stride,
+            conv.padding,
+            groups=q_map.shape[1],
+        )
+        x = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))
+        return F.linear(act(norm.norm(x)), proj.weight.flatten(1))
 
     def _sample(self, x: Tensor, pos: Tensor) -> Tensor:
         """(B, C, 1, S) samples of x."""

@@ -25,10 +25,26 @@ def check_heads(dim: int, num_heads: int, num_kv_heads: int | None) -> int:
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """A map (B, h * D, H, W) -> (B, h, H * W, D), a view."""
+    """A map (B, h * D, H, W) -> (B, h, H * W, D), a view if its channels are last."""
     return x.flatten(2).unflatten(1, (num_heads, -1)).transpose(2, 3)
 
 
 def merge_heads(x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """(B, h, H * W, D) -> a map (B, h * D, H, W)."""
+    """(B, h, H * W, D) -> a map (B, h * D, H, W).
+
+    A view, with channels last, of what the ops return: heads beside each other in a
+    token's memory.
+    """
     return x.transpose(2, 3).flatten(1, 2).unflatten(2, grid_size)
+
+
+def split_qkv(
+    x: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (B, N, (Hq + 2 Hkv) * D) -> views q (B, Hq, N, D), k, v (B, Hkv, N, D).
+
+    Split as tokens, so that their gradients are joined as such too.
+    """
+    x = x.unflatten(2, (num_heads + 2 * num_kv_heads, -1))
+    parts = x.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
+    return tuple(part.transpose(1, 2) for part in parts)

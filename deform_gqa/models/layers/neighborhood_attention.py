@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deform_gqa.ops import neighborhood_attn
 
-from .heads import check_heads
+from .heads import check_heads, split_qkv
 
 
 @MODELS.register_module()
@@ -76,13 +76,8 @@ class NeighborhoodAttention(nn.Module):
         if pad_h or pad_w:
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
         grid_size = x.shape[1:3]
-        q, k, v = (
-            self.qkv(x)
-            .flatten(1, 2)
-            .unflatten(2, (self.num_heads + 2 * self.num_kv_heads, -1))
-            .transpose(1, 2)
-            .split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        )
+        tokens = self.qkv(x).flatten(1, 2)
+        q, k, v = split_qkv(tokens, self.num_heads, self.num_kv_heads)
         out = neighborhood_attn(
             q,
             k,

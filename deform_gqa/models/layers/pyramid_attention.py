@@ -71,4 +71,6 @@ class PyramidAttention(nn.Module):
             return x
         # A map smaller than one cell of the reduction still gives one key.
         pad = [max(0, self.sr_ratio - side) for side in x.shape[2:]]
-        return self.proj_ds(F.pad(x, (0, pad[1], 0, pad[0])))
+        if any(pad):  # to pad by nothing is a copy
+            x = F.pad(x, (0, pad[1], 0, pad[0]))
+        return self.proj_ds(x)

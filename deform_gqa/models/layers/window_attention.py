@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deform_gqa.ops.naive import repeat_kv
 
-from .heads import check_heads
+from .heads import check_heads, split_qkv
 from .window_grid import WindowGrid
 
 # What the official code adds to the logits of pairs from different image regions.
@@ -103,11 +103,7 @@ class WindowAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, bias: Tensor) -> Tensor:
         """(windows, h * w, C + 2 Ckv) -> (windows, h * w, C)."""
-        q, k, v = (
-            qkv.unflatten(2, (self.num_heads + 2 * self.num_kv_heads, -1))
-            .transpose(1, 2)
-            .split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        )
+        q, k, v = split_qkv(qkv, self.num_heads, self.num_kv_heads)
         out = F.scaled_dot_product_attention(
             q,
             repeat_kv(k, self.num_heads),

@@ -63,7 +63,7 @@ class WindowGrid:
     def gather(self, x: Tensor) -> Tensor:
         """Maps (B, H, W, C) -> windows (sum of counts, h * w, C)."""
         windows = x.new_zeros(sum(self.counts) * self.window_area, x.shape[3])
-        windows = windows.index_copy(0, self._slots, x.flatten(0, 2))
+        windows.index_copy_(0, self._slots, x.flatten(0, 2))
         return windows.unflatten(0, (-1, self.window_area))
 
     def scatter(self, windows: Tensor) -> Tensor:
@@ -114,4 +114,4 @@ class _TakeOnce(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         zeros = grad.new_zeros(ctx.num_rows, grad.shape[1])
-        return zeros.index_copy(0, index, grad), None
+        return zeros.index_copy_(0, index, grad), None

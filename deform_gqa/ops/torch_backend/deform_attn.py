@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..layout import empty_tokens_like
 from ..naive import repeat_kv
 from .bias import (
     AxisTaps,
@@ -42,9 +43,15 @@ def _spans(size: int, most: int) -> list[slice]:
 
 @dataclasses.dataclass
 class _Tile:
-    """Some (batch, head) pairs and a rectangle of queries."""
+    """Some (batch, head) pairs and a rectangle of queries.
+
+    The pairs are all heads of some samples, or some heads of one: neighbours if counted
+    head by head.
+    """
 
     number: int
+    samples: slice
+    heads: slice
     pairs: slice
     rows: slice
     cols: slice
@@ -54,12 +61,13 @@ class _Tile:
 class _Problem:
     """The call as B * Hq attentions of one head, cut into tiles.
 
-    X pairs of batch and head lead every tensor.
+    X = B * Hq pairs of batch and head lead the tensors of keys; those of queries are
+    used as they lie in memory.
     """
 
     def __init__(self, q, k, v, pos, rpb_table, grid_size):
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.num_heads = q.shape[1]
+        self.batch, self.num_heads = q.shape[:2]
         self.grid_size = grid_size
         self.k, self.v = (
             repeat_kv(t, self.num_heads).flatten(0, 1).to(self.dtype) for t in (k, v)
@@ -69,8 +77,16 @@ class _Problem:
         self.table_size = rpb_table.shape[1:]
 
     def as_map(self, x: Tensor) -> Tensor:
-        """(B, Hq, N, ...) -> (B * Hq, H, W, ...)."""
-        return x.flatten(0, 1).unflatten(1, self.grid_size)
+        """(B, Hq, N, ...) -> (B, Hq, H, W, ...), a view."""
+        return x.unflatten(2, self.grid_size)
+
+    def _spans_of_pairs(self, most: int) -> Iterator[tuple[slice, slice, slice]]:
+        """(samples, heads, pairs) of tiles that have at most ``most`` pairs."""
+        samples = _spans(self.batch, max(1, most // self.num_heads))
+        for sample, head in itertools.product(samples, _spans(self.num_heads, most)):
+            first = sample.start * self.num_heads + head.start
+            last = (sample.stop - 1) * self.num_heads + head.stop
+            yield sample, head, slice(first, last)
 
     def _tile_shape(self) -> tuple[int, int, int]:
         """(pairs, rows, columns) of a tile; few where there are many keys."""
@@ -86,16 +102,17 @@ class _Problem:
         num_pairs, num_rows, num_cols = self._tile_shape()
         row_spans = _spans(self.grid_size[0], num_rows)
         number = itertools.count()
-        for pairs in _spans(self.pos.shape[0], num_pairs):
+        for samples, heads, pairs in self._spans_of_pairs(num_pairs):
             pair = torch.arange(pairs.start, pairs.stop, device=self.pos.device)
-            heads = pair % self.num_heads
             row_taps = [self._taps(0, pairs, rows, with_slopes) for rows in row_spans]
             row_bags = [taps.bags() for taps in row_taps]
             for cols in _spans(self.grid_size[1], num_cols):
                 col_taps = self._taps(1, pairs, cols, with_slopes)
                 for rows, taps, bags in zip(row_spans, row_taps, row_bags, strict=True):
-                    bias = TileBias(self.table, heads, taps, bags, col_taps)
-                    yield _Tile(next(number), pairs, rows, cols, bias)
+                    bias = TileBias(
+                        self.table, pair % self.num_heads, taps, bags, col_taps
+                    )
+                    yield _Tile(next(number), samples, heads, pairs, rows, cols, bias)
 
     def _taps(
         self, axis: int, pairs: slice, span: slice, with_slopes: bool
@@ -109,13 +126,14 @@ class _Problem:
         )
 
     def cut(self, x: Tensor, tile: _Tile) -> Tensor:
-        """The tile of a map (X, H, W, ...) -> (x, r * c, ...)."""
-        return x[tile.pairs, tile.rows, tile.cols].to(self.dtype).flatten(1, 2)
+        """The tile of a map (B, Hq, H, W, ...) -> (x, r * c, ...)."""
+        x = x[tile.samples, tile.heads, tile.rows, tile.cols].to(self.dtype)
+        return x.flatten(2, 3).flatten(0, 1)
 
 
 def _paste(x: Tensor, tile: _Tile, part: Tensor) -> None:
     """Inverse of :meth:`_Problem.cut`."""
-    target = x[tile.pairs, tile.rows, tile.cols]
+    target = x[tile.samples, tile.heads, tile.rows, tile.cols]
     target.copy_(part.reshape(target.shape))
 
 
@@ -133,7 +151,7 @@ def deform_attn_forward(
     pos_in_range: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, N, D), dtype of q, and lse (B, Hq, N), float32 or float64."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = empty_tokens_like(q)
     if q.numel() == 0:
         return out, q.new_empty(q.shape[:3], dtype=torch.float32)
     problem = _Problem(q, k, v, pos, rpb_table, grid_size)
@@ -172,7 +190,7 @@ def deform_attn_backward(
     pos_in_range: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, pos and rpb_table, in their shapes and dtypes."""
-    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_q = empty_tokens_like(q)
     if q.numel() == 0:
         return grad_q, *(torch.zeros_like(t) for t in (k, v, pos, rpb_table))
     problem = _Problem(q, k, v, pos, rpb_table, grid_size)

@@ -10,6 +10,7 @@ queries of the tiles that see it.
 import torch
 from torch import Tensor
 
+from ..layout import empty_tokens_like
 from .neighborhood_map import Chunk, TiledMap
 from .tile_attention import (
     attend_tile,
@@ -48,7 +49,7 @@ def neighborhood_attn_forward(
         out (B, Hq, N, D), dtype of q, and lse (B, Hq, N), float32 (float64 for
         float64 q).
     """
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = empty_tokens_like(q)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(*q.shape[:3], 1, dtype=dtype)
     for q_map, k_map, v_map, out_map, lse_map in _sub_maps(
@@ -89,8 +90,9 @@ def neighborhood_attn_backward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to q, k, v and rpb (empty without rpb), in the inputs' dtypes."""
-    dq, dk, dv = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
+    dq = empty_tokens_like(q)
+    dk, dv = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v)
     )
     drpb = 0.0
     for maps in _sub_maps(

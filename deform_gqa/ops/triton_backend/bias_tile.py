@@ -3,7 +3,8 @@
 Kernel notation, beside that of ``ops/naive.py``::
 
     R, C   rows and columns of the patch of queries that a program works on
-    M      R * C queries, row-major          BN     keys of a tile
+    HS     query heads stacked in a program, of one kv head and offset group
+    M      HS * R * C queries, head- and row-major      BN     keys of a tile
     CW     table columns that the patch can reach from one key (a power of two)
     t      a coordinate in table cells; start = floor(t of the patch's first query)
 
@@ -14,7 +15,8 @@ For one key the bias of the patch is bilinear, hence a product of three matrices
     cols[c, k] = max(0, 1 - |t_x(c) - start - w|)                     tent weights
 
 so tensor cores interpolate: the weights ``cols`` are shared by the R rows and the
-gathered ``rows`` by the C columns, and nothing is looked up per pair.
+gathered ``rows`` by the C columns, and nothing is looked up per pair. Stacked heads
+are further rows, each of its own table: what is computed from a position serves all.
 
 Cost, counted from SASS (Triton 3.9, sm_90, bfloat16, D = 32, patches of 16 x 16, steps
 of a detection map; instructions of the inner loop a lane and (query, key, head) pair,
@@ -101,10 +103,14 @@ def both_rows(x, CW: tl.constexpr):
 
 
 @triton.jit
-def load_rows(p_table, b_corner, cell, row_pitch, CW: tl.constexpr):
-    """(BN, R, 2 * CW) packed table rows cell and cell + 1 from each key's corner."""
-    o_block = (b_corner[:, None] + cell * row_pitch) * 8
-    # (BN, R, 2 * CW)
+def load_rows(p_table, b_corner, o_row, CW: tl.constexpr):
+    """(BN, n, 2 * CW) packed table rows from each key's corner.
+
+    Args:
+        o_row: (BN, n) offsets, in blocks, of the upper row of each pair.
+    """
+    o_block = (b_corner[:, None] + o_row) * 8
+    # (BN, n, 2 * CW)
     p = p_table + (o_block[:, :, None] + tl.arange(0, 2 * CW)[None, None, :])
     return tl.load(p)
 
@@ -138,9 +144,9 @@ def blend_rows(b_cells, fraction, CW: tl.constexpr):
 
 
 @triton.jit
-def query_rows(first, R: tl.constexpr, height):
-    """Rows of the patch; those below the map must not read outside the table."""
-    return tl.minimum(first + tl.arange(0, R), height - 1).to(tl.float32)
+def query_rows(first, height, HS: tl.constexpr, R: tl.constexpr):
+    """(HS * R,) rows of the patch; below the map they must not leave the table."""
+    return tl.minimum(first + tl.arange(0, HS * R) % R, height - 1).to(tl.float32)
 
 
 @triton.jit
@@ -170,13 +176,15 @@ def load_taps(
 @triton.jit
 def bias_product(
     p_table, b_ty, b_corner, b_u, row0, height, table_h, row_pitch, step_y, step_x,
-    R: tl.constexpr, C: tl.constexpr, CW: tl.constexpr, IN_RANGE: tl.constexpr,
+    HS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CW: tl.constexpr,
+    IN_RANGE: tl.constexpr,
 ):  # fmt: skip
-    """(BN, C, R) bias of the patch in the dtype of the table."""
+    """(BN, C, HS * R) bias of the patch in the dtype of the table."""
     DTYPE: tl.constexpr = p_table.dtype.element_ty
-    t = b_ty[:, None] + query_rows(row0, R, height)[None, :] * step_y
+    t = b_ty[:, None] + query_rows(row0, height, HS, R)[None, :] * step_y
     cell, fraction, _ = row_taps(t, table_h, IN_RANGE)
-    rows = load_rows(p_table, b_corner, cell, row_pitch, CW)
+    o_table = tl.arange(0, HS * R) // R * (4 * (table_h + 3))
+    rows = load_rows(p_table, b_corner, (o_table[None, :] + cell) * row_pitch, CW)
     rows = blend_rows(rows, fraction, CW)
     cols = both_rows(column_weights(b_u, step_x, C, CW, DTYPE), CW)
     return dot(cols, tl.permute(rows, (0, 2, 1)), out_dtype=DTYPE)

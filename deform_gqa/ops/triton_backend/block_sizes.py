@@ -36,7 +36,7 @@ class BlockSizes:
 _TABLE = {
     ('deform_attn_fwd', 2, True): {
         32: BlockSizes(256, 64, 8, 2),
-        64: BlockSizes(256, 64, 8, 2),
+        64: BlockSizes(256, 64, 16, 1),
         128: BlockSizes(128, 64, 8, 1),
         256: BlockSizes(64, 64, 8, 1),
     },

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..layout import empty_tokens_like
 from .deform_attn_bwd_kv import deform_attn_dkdv_kernel
 from .deform_attn_bwd_q import deform_attn_dq_kernel
 from .device import on_device_of_first_tensor
@@ -74,10 +75,9 @@ def _backward_q(
     q = problem.q
     sizes = problem.sizes('deform_attn_dq')
     patch = problem.patch(sizes)
-    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_q = empty_tokens_like(q)
     delta = torch.empty_like(lse)
-    programs = problem.num_patches(patch) * problem.batch * problem.heads
-    deform_attn_dq_kernel[(programs,)](
+    deform_attn_dq_kernel[problem.grid(patch)](
         q,
         problem.k,
         problem.v,
@@ -90,7 +90,10 @@ def _backward_q(
         grad_q,
         *problem.input_strides(),
         *grad_out.stride(),
+        *out.stride(),
+        *grad_q.stride()[:3],
         **problem.arguments(patch),
+        HS=patch.heads,
         BN=sizes.keys,
         NW=min(sizes.warps, sizes.keys),
         num_warps=sizes.warps,

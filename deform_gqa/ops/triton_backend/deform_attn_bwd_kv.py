@@ -84,7 +84,7 @@ def bias_gradient(
     b_ty, b_corner, start, b_u = load_taps(
         p_taps, col0, step_x, table_h, table_w, row_pitch, BN, NW
     )
-    t = b_ty[:, None] + query_rows(row0, R, height)[None, :] * step_y
+    t = b_ty[:, None] + query_rows(row0, height, 1, R)[None, :] * step_y
     cell, fraction, inside = row_taps(t, table_h, IN_RANGE)
     sums = contract_columns(as_keys(grad, R, C, BN, NW), b_u, step_x, CW)
     o_col = start[:, None, None] + tl.arange(0, CW)[None, :, None]
@@ -183,7 +183,7 @@ def deform_attn_dkdv_kernel(
             grad_y = tl.zeros([BN, CW, RW if RW > 0 else R], tl.float32)
             grad_x = tl.zeros([BN, CW, RW if RW > 0 else R], tl.float32)
         for i_patch in range(first_patch, last_patch):
-            row0, col0, o_m, m_m = patch_queries(i_patch, height, width, R, C)
+            row0, col0, _, o_m, m_m = patch_queries(i_patch, height, width, 1, R, C)
             # (M, DP)
             p_q_h = p_q + i_b * q_b + i_h * q_h
             b_q = load_rows_of(p_q_h, o_m, q_n, q_d, m_m, D, DP)
@@ -201,7 +201,7 @@ def deform_attn_dkdv_kernel(
                 )
                 bias = bias_product(
                     p_table_h, b_ty, b_corner, b_u, row0, height, table_h, row_pitch,
-                    step_y, step_x, R, C, CW, IN_RANGE,
+                    step_y, step_x, 1, R, C, CW, IN_RANGE,
                 )  # fmt: skip
                 bias = as_patch(bias, R, C, BN, NW).to(tl.float32)
             else:

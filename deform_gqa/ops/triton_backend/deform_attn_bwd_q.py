@@ -17,6 +17,7 @@ from .tiles import (
     load_columns_of,
     load_rows_of,
     patch_queries,
+    query_offsets,
     store_rows_of,
 )
 
@@ -28,44 +29,53 @@ from .tiles import (
 def deform_attn_dq_kernel(
     p_q, p_k, p_v, p_taps, p_table, p_out, p_do, p_lse, p_delta, p_dq,
     q_b, q_h, q_n, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
-    do_b, do_h, do_n, do_d,
+    do_b, do_h, do_n, do_d, out_b, out_h, out_n, out_d, dq_b, dq_h, dq_n,
     num_heads, heads_per_kv, heads_per_group, num_keys, head_dim, height, width,
     table_h, table_w, row_pitch,
     step_y, step_x, q_factor, scale_log2, seed, dropout_p,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+    HS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     BN: tl.constexpr, CW: tl.constexpr, NW: tl.constexpr,
     HAS_BIAS: tl.constexpr, IN_RANGE: tl.constexpr, DROPOUT: tl.constexpr,
     SCALE_Q: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    M: tl.constexpr = R * C
+    M: tl.constexpr = HS * R * C
     num_patches = tl.cdiv(height, R) * tl.cdiv(width, C)
-    i_bh = tl.program_id(0) // num_patches
-    i_b, i_h = (i_bh // num_heads).to(tl.int64), (i_bh % num_heads).to(tl.int64)
-    row0, col0, o_m, m_m = patch_queries(
-        tl.program_id(0) % num_patches, height, width, R, C
+    i_bs = tl.program_id(0) // num_patches
+    i_b = (i_bs // (num_heads // HS)).to(tl.int64)
+    i_h = (i_bs % (num_heads // HS)).to(tl.int64) * HS
+    row0, col0, i_stack, o_m, m_m = patch_queries(
+        tl.program_id(0) % num_patches, height, width, HS, R, C
     )
     i_kv = i_h // heads_per_kv
     p_k += i_b * k_b + i_kv * k_h
     p_v += i_b * v_b + i_kv * v_h
     p_q += i_b * q_b + i_h * q_h
     p_do += i_b * do_b + i_h * do_h
+    o_m = o_m.to(tl.int32)  # kept for the end: 32 bits take fewer registers
+    o_q = query_offsets(i_stack, o_m, q_h, q_n)
+    o_do = query_offsets(i_stack, o_m, do_h, do_n)
     if HAS_BIAS:
         i_bg = i_b * (num_heads // heads_per_group) + i_h // heads_per_group
         p_taps += i_bg * tl.cdiv(num_keys, BN) * (2 * BN)
         p_table += i_h * (4 * 8 * (table_h + 3)) * row_pitch
 
     # (M, DP)
-    b_q = load_rows_of(p_q, o_m, q_n, q_d, m_m, D, DP)
+    b_q = load_rows_of(p_q, o_q, 1, q_d, m_m, D, DP)
     if SCALE_Q:
         b_q = (b_q * q_factor).to(b_q.dtype)
-    o_row = i_bh.to(tl.int64) * height * width + o_m
+    o_row0 = (i_b * num_heads + i_h) * height * width
+    o_row = i_stack * height * width + o_m
     # (M, DP)
-    b_do = load_rows_of(p_do, o_m, do_n, do_d, m_m, D, DP)
-    b_out = load_rows_of(p_out, o_row, D, 1, m_m, D, DP)
+    b_do = load_rows_of(p_do, o_do, 1, do_d, m_m, D, DP)
+    p_out += i_b * out_b + i_h * out_h
+    o_out = query_offsets(i_stack, o_m, out_h, out_n)
+    b_out = load_rows_of(p_out, o_out, 1, out_d, m_m, D, DP)
     delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
-    tl.store(p_delta + o_row, delta, mask=m_m)
+    tl.store(p_delta + o_row0 + o_row, delta, mask=m_m)
     # (M,) log2 of the softmax's denominator; infinite where there is no query
-    lse2 = tl.load(p_lse + o_row, mask=m_m, other=float('inf')) * 1.4426950408889634
+    lse2 = tl.load(p_lse + o_row0 + o_row, mask=m_m, other=float('inf'))
+    lse2 *= 1.4426950408889634
     acc = tl.zeros([M, DP], tl.float32)
 
     for s0 in range(0, num_keys, BN):
@@ -80,9 +90,9 @@ def deform_attn_dq_kernel(
             )
             bias = bias_product(
                 p_table, b_ty, b_corner, b_u, row0, height, table_h, row_pitch,
-                step_y, step_x, R, C, CW, IN_RANGE,
+                step_y, step_x, HS, R, C, CW, IN_RANGE,
             )  # fmt: skip
-            bias = as_patch(bias, R, C, BN, NW).to(tl.float32)
+            bias = as_patch(bias, HS * R, C, BN, NW).to(tl.float32)
         else:
             bias = tl.zeros([M, BN], tl.float32)
         if PART == DP:
@@ -91,19 +101,23 @@ def deform_attn_dq_kernel(
         else:
             o_s = o_s.to(tl.int64)
             logits = dot_in_parts(
-                p_q, q_n, q_d, o_m, m_m, q_factor, p_k, k_s, k_d,
+                p_q, 1, q_d, o_q, m_m, q_factor, p_k, k_s, k_d,
                 o_s, m_s, bias, head_dim, PART,
             )  # fmt: skip
             grad = dot_in_parts(
-                p_do, do_n, do_d, o_m, m_m, 1.0, p_v, v_s, v_d,
+                p_do, 1, do_d, o_do, m_m, 1.0, p_v, v_s, v_d,
                 o_s, m_s, tl.zeros([M, BN], tl.float32), head_dim, PART,
             )  # fmt: skip
         logits = mask_last_tile(logits, m_s, s0, num_keys, BN)
         weights = tl.exp2(logits * scale_log2 - lse2[:, None])
         if DROPOUT:
-            grad *= keep_scale(seed, dropout_p, o_row[:, None], o_s[None, :], num_keys)
+            grad *= keep_scale(
+                seed, dropout_p, (o_row0 + o_row)[:, None], o_s[None, :], num_keys
+            )
         grad = (weights * (grad - delta[:, None])).to(b_k.dtype)
         acc = dot(grad, tl.trans(b_k), acc)
 
     acc *= scale_log2 * q_factor * 0.6931471805599453
-    store_rows_of(p_dq, acc, o_row, D, m_m, D, DP)
+    p_dq += i_b * dq_b + i_h * dq_h
+    o_dq = query_offsets(i_stack, o_m, dq_h, dq_n)
+    store_rows_of(p_dq, acc, o_dq, 1, m_m, D, DP)

@@ -4,9 +4,9 @@ One program works on a patch of R x C queries of one head and walks over the key
 tiles of BN. The bias of a tile comes from ``bias_tile.py`` and is the initial value
 of the accumulator of q k^T, so adding it is free; the table is packed divided by the
 scale of the logits to that end. exp is exp2 and the scale is folded into its
-argument. K and V tiles are loaded once a program, for 256 queries. Stacking 2 or 4
-query heads of a kv head into these 256 rows, with patches so much smaller, was counted:
-it changes neither the instructions nor the loads of a pair.
+argument. Query heads of a kv head are stacked into one tile, whose K, V and column
+weights they share, in patches so much smaller: these waste less of a map's borders, and
+small maps fill the tile. On large maps the instructions and loads of a pair stay.
 """
 
 import torch
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import empty_tokens_like
 from .bias_tile import as_patch, bias_product, load_taps
 from .device import on_device_of_first_tensor
 from .problem import Problem
@@ -24,6 +25,7 @@ from .tiles import (
     load_columns_of,
     load_rows_of,
     patch_queries,
+    query_offsets,
     store_rows_of,
 )
 
@@ -43,20 +45,23 @@ def mask_last_tile(x, m_s, s0, num_keys, BN: tl.constexpr):
 def deform_attn_fwd_kernel(
     p_q, p_k, p_v, p_taps, p_table, p_out, p_lse,
     q_b, q_h, q_n, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
+    out_b, out_h, out_n,
     num_heads, heads_per_kv, heads_per_group, num_keys, head_dim, height, width,
     table_h, table_w, row_pitch,
     step_y, step_x, q_factor, scale_log2, seed, dropout_p,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+    HS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     BN: tl.constexpr, CW: tl.constexpr, NW: tl.constexpr,
     HAS_BIAS: tl.constexpr, IN_RANGE: tl.constexpr, DROPOUT: tl.constexpr,
     SCALE_Q: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    M: tl.constexpr = R * C
+    M: tl.constexpr = HS * R * C
     num_patches = tl.cdiv(height, R) * tl.cdiv(width, C)
-    i_bh = tl.program_id(0) // num_patches
-    i_b, i_h = (i_bh // num_heads).to(tl.int64), (i_bh % num_heads).to(tl.int64)
-    row0, col0, o_m, m_m = patch_queries(
-        tl.program_id(0) % num_patches, height, width, R, C
+    i_bs = tl.program_id(0) // num_patches
+    i_b = (i_bs // (num_heads // HS)).to(tl.int64)
+    i_h = (i_bs % (num_heads // HS)).to(tl.int64) * HS
+    row0, col0, i_stack, o_m, m_m = patch_queries(
+        tl.program_id(0) % num_patches, height, width, HS, R, C
     )
     i_kv = i_h // heads_per_kv
     p_k += i_b * k_b + i_kv * k_h
@@ -67,14 +72,17 @@ def deform_attn_fwd_kernel(
         p_table += i_h * (4 * 8 * (table_h + 3)) * row_pitch
 
     p_q += i_b * q_b + i_h * q_h
+    o_m = o_m.to(tl.int32)  # kept for the end: 32 bits take fewer registers
+    o_q = query_offsets(i_stack, o_m, q_h, q_n)
     # (M, DP)
-    b_q = load_rows_of(p_q, o_m, q_n, q_d, m_m, D, DP)
+    b_q = load_rows_of(p_q, o_q, 1, q_d, m_m, D, DP)
     if SCALE_Q:
         b_q = (b_q * q_factor).to(b_q.dtype)
     peak = tl.full([M], -1e30, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DP], tl.float32)
-    o_row = i_bh.to(tl.int64) * height * width + o_m
+    o_row0 = (i_b * num_heads + i_h) * height * width
+    o_row = i_stack * height * width + o_m
 
     for s0 in range(0, num_keys, BN):
         o_s = s0 + tl.arange(0, BN)
@@ -87,16 +95,16 @@ def deform_attn_fwd_kernel(
             )
             bias = bias_product(
                 p_table, b_ty, b_corner, b_u, row0, height, table_h, row_pitch,
-                step_y, step_x, R, C, CW, IN_RANGE,
+                step_y, step_x, HS, R, C, CW, IN_RANGE,
             )  # fmt: skip
-            bias = as_patch(bias, R, C, BN, NW).to(tl.float32)
+            bias = as_patch(bias, HS * R, C, BN, NW).to(tl.float32)
         else:
             bias = tl.zeros([M, BN], tl.float32)
         if PART == DP:
             logits = dot(b_q, b_k, bias)
         else:
             logits = dot_in_parts(
-                p_q, q_n, q_d, o_m, m_m, q_factor, p_k, k_s, k_d,
+                p_q, 1, q_d, o_q, m_m, q_factor, p_k, k_s, k_d,
                 o_s.to(tl.int64), m_s, bias, head_dim, PART,
             )  # fmt: skip
         logits = mask_last_tile(logits, m_s, s0, num_keys, BN)
@@ -106,7 +114,7 @@ def deform_attn_fwd_kernel(
         total = total * decay + tl.sum(weights, 1)
         if DROPOUT:
             weights *= keep_scale(
-                seed, dropout_p, o_row[:, None], o_s[None, :], num_keys
+                seed, dropout_p, (o_row0 + o_row)[:, None], o_s[None, :], num_keys
             )
         # (BN, DP)
         b_v = load_rows_of(p_v, o_s.to(tl.int64), v_s, v_d, m_s, D, DP)
@@ -114,10 +122,12 @@ def deform_attn_fwd_kernel(
         peak = new_peak
 
     acc = acc / total[:, None]
-    store_rows_of(p_out, acc, o_row, D, m_m, D, DP)
+    p_out += i_b * out_b + i_h * out_h
+    o_out = query_offsets(i_stack, o_m, out_h, out_n)
+    store_rows_of(p_out, acc, o_out, 1, m_m, D, DP)
     # (peak * scale_log2 + log2(total)) * ln(2)
     lse = (peak * scale_log2 + tl.log2(total)) * 0.6931471805599453
-    tl.store(p_lse + o_row, lse, mask=m_m)
+    tl.store(p_lse + o_row0 + o_row, lse, mask=m_m)
 
 
 @on_device_of_first_tensor
@@ -135,7 +145,7 @@ def deform_attn_forward(
     pos_in_range: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, N, D), dtype of q, and lse (B, Hq, N), float32."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = empty_tokens_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
@@ -144,8 +154,7 @@ def deform_attn_forward(
     )
     sizes = problem.sizes('deform_attn_fwd')
     patch = problem.patch(sizes)
-    programs = problem.num_patches(patch) * problem.batch * problem.heads
-    deform_attn_fwd_kernel[(programs,)](
+    deform_attn_fwd_kernel[problem.grid(patch)](
         q,
         k,
         v,
@@ -154,7 +163,9 @@ def deform_attn_forward(
         out,
         lse,
         *problem.input_strides(),
+        *out.stride()[:3],
         **problem.arguments(patch),
+        HS=patch.heads,
         BN=sizes.keys,
         NW=min(sizes.warps, sizes.keys),
         num_warps=sizes.warps,

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..layout import empty_tokens_like
 from .block_sizes import fuses_bias_gradient
 from .device import on_device_of_first_tensor
 from .neighborhood_bwd_kv import neighborhood_dkdv_kernel
@@ -38,11 +39,11 @@ def neighborhood_attn_backward(
     The same inputs give the same bits: all sums have a fixed order.
     """
     if q.numel() == 0:
-        return tuple(
+        return empty_tokens_like(q), *(
             q.new_empty(0)
             if x is None
             else torch.zeros_like(x, memory_format=torch.contiguous_format)
-            for x in (q, k, v, rpb)
+            for x in (k, v, rpb)
         )
     problem = NeighborhoodProblem(
         q, k, v, rpb, seed, grid_size, kernel_size, dilation, scale, dropout_p
@@ -60,7 +61,7 @@ def _backward_q(
     sizes = problem.sizes('neighborhood_dq')
     # The bias gradient is a product over pairs of rows, of at least 16 on tensor cores.
     tile = problem.tile(sizes.queries, sizes.keys, row_pairs=16)
-    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_q = empty_tokens_like(q)
     stats = lse.new_empty((*lse.shape, 2))
     patches, side = problem.num_patches(tile), 2 * problem.kernel_size - 1
     grad_rpb = None
@@ -87,7 +88,9 @@ def _backward_q(
             grad_q,
             grad_rpb,
             *problem.input_strides(),
+            *out.stride(),
             *grad_out.stride(),
+            *grad_q.stride()[:3],
             **problem.arguments(tile),
             **launch,
             NB=max(16, 1 << (side - 1).bit_length()),

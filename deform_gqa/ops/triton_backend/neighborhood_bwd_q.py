@@ -47,18 +47,18 @@ def pairs_by_columns(x, R: tl.constexpr, C: tl.constexpr, WC: tl.constexpr):
 
 @triton.jit
 def row_products(
-    p_a, stride_a, stride_ad, o_a, p_b, stride_b, stride_bd, o_b, mask, head_dim,
+    p_a, stride_a, stride_ad, p_b, stride_b, stride_bd, o_m, mask, head_dim,
     PART: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a * b over D, PART at a time, for each row of two matrices in memory."""
+    """Sums of a * b over D, PART at a time, for some rows of two matrices in memory."""
     o_d = tl.arange(0, PART)[None, :]
-    total = tl.zeros(o_a.shape, tl.float32)
+    total = tl.zeros(o_m.shape, tl.float32)
     for d0 in range(0, head_dim, PART):
         m = mask[:, None] & (d0 + o_d < head_dim)
         # (M, PART)
-        o = o_a[:, None] * stride_a + (d0 + o_d) * stride_ad
+        o = o_m[:, None] * stride_a + (d0 + o_d) * stride_ad
         b_a = tl.load(p_a + o, mask=m, other=0.0)
-        o = o_b[:, None] * stride_b + (d0 + o_d) * stride_bd
+        o = o_m[:, None] * stride_b + (d0 + o_d) * stride_bd
         b_b = tl.load(p_b + o, mask=m, other=0.0)
         total += tl.sum(b_a.to(tl.float32) * b_b.to(tl.float32), 1)
     return total
@@ -184,7 +184,7 @@ def backward_queries(
 def neighborhood_dq_kernel(
     p_q, p_k, p_v, p_table, p_out, p_do, p_lse, p_stats, p_dq, p_drpb,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
-    do_b, do_h, do_n, do_d,
+    out_b, out_h, out_n, out_d, do_b, do_h, do_n, do_d, dq_b, dq_h, dq_n,
     num_heads, heads_per_kv, num_patches, height, width, kernel_size, dilation,
     head_dim, first_dim, q_factor, scale_log2, seed, dropout_p,
     D: tl.constexpr, DP: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr,
@@ -198,7 +198,9 @@ def neighborhood_dq_kernel(
     i_b, i_h = (i_bh // num_heads).to(tl.int64), (i_bh % num_heads).to(tl.int64)
     i_kv = i_h // heads_per_kv
     p_q += i_b * q_b + i_h * q_h
+    p_out += i_b * out_b + i_h * out_h
     p_do += i_b * do_b + i_h * do_h
+    p_dq += i_b * dq_b + i_h * dq_h + first_dim
     p_k += i_b * k_b + i_kv * k_h
     p_v += i_b * v_b + i_kv * v_h
     origin, rows, cols, row0, col0 = locate_patch(
@@ -221,11 +223,11 @@ def neighborhood_dq_kernel(
     # (M, DP)
     b_do = load_rows_of(p_do, o_m, do_n, do_d, m_m, D, DP)
     if PART == DP:
-        b_out = load_rows_of(p_out, o_row, D, 1, m_m, D, DP)
+        b_out = load_rows_of(p_out, o_m, out_n, out_d, m_m, D, DP)
         delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
     else:
         delta = row_products(
-            p_do, do_n, do_d, o_m, p_out, head_dim, 1, o_row, m_m, head_dim, PART
+            p_do, do_n, do_d, p_out, out_n, out_d, o_m, m_m, head_dim, PART
         )
     # (M,) log2 of the softmax's denominator; infinite where there is no query
     lse2 = tl.load(p_lse + o_row, mask=m_m, other=float('inf')) * 1.4426950408889634
@@ -253,7 +255,7 @@ def neighborhood_dq_kernel(
 
     if QUERY_GRAD:
         acc *= scale_log2 * q_factor * 0.6931471805599453
-        store_rows_of(p_dq + first_dim, acc, o_row, D, m_m, OUT, PART)
+        store_rows_of(p_dq, acc, o_m, dq_n, m_m, OUT, PART)
     if BIAS_GRAD:
         side = 2 * kernel_size - 1
         o_y, o_x = tl.arange(0, NB)[:, None], tl.arange(0, NB)[None, :]

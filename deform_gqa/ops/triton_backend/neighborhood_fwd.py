@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import empty_tokens_like
 from .device import on_device_of_first_tensor
 from .neighborhood_problem import NeighborhoodProblem
 from .neighborhood_tiles import (
@@ -100,6 +101,7 @@ def attend(
 def neighborhood_fwd_kernel(
     p_q, p_k, p_v, p_table, p_out, p_lse,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    out_b, out_h, out_n,
     num_heads, heads_per_kv, num_patches, height, width, kernel_size, dilation,
     head_dim, first_dim, q_factor, scale_log2, seed, dropout_p,
     D: tl.constexpr, DP: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr,
@@ -113,6 +115,7 @@ def neighborhood_fwd_kernel(
     p_q += i_b * q_b + i_h * q_h
     p_k += i_b * k_b + i_kv * k_h
     p_v += i_b * v_b + i_kv * v_h + first_dim * v_d
+    p_out += i_b * out_b + i_h * out_h + first_dim
     origin, rows, cols, row0, col0 = locate_patch(
         tl.program_id(0) % num_patches, height, width, dilation, R, C
     )
@@ -149,7 +152,7 @@ def neighborhood_fwd_kernel(
 
     total = tl.where(m_m, total, 1.0)  # off the map there may be no keys
     acc = acc / total[:, None]
-    store_rows_of(p_out + first_dim, acc, o_row, D, m_m, OUT, PART)
+    store_rows_of(p_out, acc, o_m, out_n, m_m, OUT, PART)
     # (peak * scale_log2 + log2(total)) * ln(2)
     lse = (peak * scale_log2 + tl.log2(total)) * 0.6931471805599453
     tl.store(p_lse + o_row, lse, mask=m_m)
@@ -170,7 +173,7 @@ def neighborhood_attn_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, N, D), dtype of q, and lse (B, Hq, N), float32."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = empty_tokens_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
@@ -190,6 +193,7 @@ def neighborhood_attn_forward(
             out,
             lse,
             *problem.input_strides(),
+            *out.stride()[:3],
             **problem.arguments(tile),
             **dims,
             num_warps=sizes.warps,

@@ -91,4 +91,6 @@ class NeighborhoodProblem:
             HAS_BIAS=self.rpb is not None,
             DROPOUT=self.dropout_p > 0,
             SCALE_Q=self.q_factor != 1.0,
+            # The default up to Triton 3.9 only.
+            enable_fp_fusion=True,
         )

@@ -85,5 +85,7 @@ def neighborhood_table(
         WC=tile.walk_cols,
         HAS_BIAS=rpb is not None,
         BLOCK=block,
+        # The default up to Triton 3.9 only.
+        enable_fp_fusion=True,
     )
     return table

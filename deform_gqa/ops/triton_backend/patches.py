@@ -6,7 +6,7 @@ import math
 # Instructions per (query, key) pair of the compiled forward kernel, fitted to a few
 # patch shapes: a constant, a share of the column weights and one of the row loads.
 COST, COST_COLUMNS, COST_ROWS, COST_TILE = 12.0, 8.0, 10.0, 600.0
-MIN_WINDOW, MAX_WINDOW = 8, 64
+MIN_WINDOW, MAX_WINDOW, MAX_SUMMED_WINDOW = 8, 64, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,15 @@ def axis_of(size: int, table_size: int) -> Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
-    """rows x cols queries; they reach ``window`` table columns from one key."""
+    """rows x cols queries; they reach ``window`` table columns from one key.
+
+    A tile holds those of ``heads`` query heads that share keys and positions.
+    """
 
     rows: int
     cols: int
     window: int
+    heads: int = 1
 
 
 def window_of(step: float, count: int) -> int:
@@ -41,8 +45,19 @@ def window_of(step: float, count: int) -> int:
     return max(MIN_WINDOW, 1 << (cells - 1).bit_length())
 
 
-def choose_patch(most: int, height: int, width: int, step_x: float) -> Patch:
-    """The cheapest patch of at most ``most`` queries: padding counts, tiles too."""
+def stacks(heads: int, most: int) -> list[int]:
+    """Powers of two, at most ``most``, that divide a number of heads."""
+    return [1 << i for i in range(most.bit_length()) if heads % (1 << i) == 0]
+
+
+def choose_patch(
+    most: int, height: int, width: int, step_x: float, heads: int = 1
+) -> Patch:
+    """The cheapest patch of at most ``most`` queries: padding counts, tiles too.
+
+    Args:
+        heads: Query heads that may be stacked.
+    """
 
     def cost(patch: Patch) -> float:
         queries = patch.rows * patch.cols
@@ -51,16 +66,17 @@ def choose_patch(most: int, height: int, width: int, step_x: float) -> Patch:
         )
         return padded * (
             COST
-            + COST_COLUMNS * patch.window / patch.rows
+            + COST_COLUMNS * patch.window / (patch.rows * patch.heads)
             + COST_ROWS * patch.window / patch.cols
-            + COST_TILE / queries
+            + COST_TILE / (queries * patch.heads)
         )
 
     candidates = [
-        Patch(rows, cols, window_of(step_x, cols))
+        Patch(rows, cols, window_of(step_x, cols), stack)
+        for stack in stacks(heads, most)
         for rows in (8, 16, 32)
         for cols in (1, 2, 4, 8, 16, 32, 64)
-        if 16 <= rows * cols <= most
+        if 16 <= stack * rows * cols <= most
     ]
     candidates = [p for p in candidates if p.window <= MAX_WINDOW]
     return min(candidates, key=cost)
@@ -73,7 +89,7 @@ def choose_backward_patch(most: int, height: int, width: int, step_x: float) -> 
     wide and need no sum.
     """
     window = window_of(step_x, 16)
-    if window > MAX_WINDOW:
+    if window > MAX_SUMMED_WINDOW:
         return Patch(16, 1, window_of(step_x, 1))
     shapes = [(rows, 16) for rows in (16, 8) if rows * 16 <= most]
     rows, cols = min(
@@ -93,6 +109,7 @@ def rows_window(step_y: float, rows: int) -> int:
     return window_of(step_y, rows)
 
 
-def flat_patch(most: int, num_queries: int) -> Patch:
+def flat_patch(most: int, num_queries: int, heads: int = 1) -> Patch:
     """Without a bias the map is one long row."""
-    return Patch(1, min(most, max(16, 1 << (num_queries - 1).bit_length())), 0)
+    cols = min(most, max(16, 1 << (num_queries - 1).bit_length()))
+    return Patch(1, cols, 0, stacks(heads, most // cols)[-1])

@@ -87,12 +87,14 @@ class Problem:
         """Block sizes of an op; smaller where a fine table or dropout take room."""
         sizes = block_sizes(op, self.head_dim, self.q.dtype, self.arch)
         # Tiles of keys hold as many columns of the table for each key.
-        window = min(window_of(self.axis_x.step, 16), MAX_WINDOW)
-        while self.has_bias and window > MIN_WINDOW:
+        fewest_keys = 8 if op == 'deform_attn_dbias' or sizes.warps == 4 else 16
+        window = self.window()
+        fewest_queries = 64 if window < MAX_WINDOW else 32
+        while window > MIN_WINDOW:
             window //= 2
-            if sizes.keys > 16:
+            if sizes.keys > fewest_keys:
                 sizes = dataclasses.replace(sizes, keys=sizes.keys // 2, stages=1)
-            elif sizes.queries > 64:
+            elif sizes.queries > fewest_queries:
                 sizes = dataclasses.replace(sizes, queries=sizes.queries // 2, stages=1)
         if self.dropout_p == 0:
             return sizes
@@ -103,16 +105,26 @@ class Problem:
             return dataclasses.replace(sizes, queries=32, warps=8)
         return sizes
 
+    def window(self) -> int:
+        """Table columns that 16 queries reach from one key: more of a fine table."""
+        if not self.has_bias:
+            return MIN_WINDOW
+        return min(window_of(self.axis_x.step, 16), MAX_WINDOW)
+
+    def has_fine_table(self) -> bool:
+        return self.window() > MIN_WINDOW
+
     def fuses_bias_gradient(self) -> bool:
         """Dropout and fine tables take the registers that fusing needs."""
         fits = fuses_bias_gradient(self.head_dim, self.q.dtype)
-        is_coarse = window_of(self.axis_x.step, 16) <= 2 * MIN_WINDOW
-        return fits and is_coarse and self.dropout_p == 0
+        return fits and not self.has_fine_table() and self.dropout_p == 0
 
     def patch(self, sizes: BlockSizes) -> Patch:
+        """Of a kernel whose programs walk over keys; heads of one unit are stacked."""
+        heads = math.gcd(self.heads // self.kv_heads, self.heads // self.groups)
         if not self.has_bias:
-            return flat_patch(sizes.queries, self.queries)
-        return choose_patch(sizes.queries, *self.map_size, self.axis_x.step)
+            return flat_patch(sizes.queries, self.queries, heads)
+        return choose_patch(sizes.queries, *self.map_size, self.axis_x.step, heads)
 
     def packed_table(self, patch: Patch) -> Tensor | None:
         """In float16 beside 16-bit q: its 11 bits lose less than a bfloat16 bias."""
@@ -129,6 +141,10 @@ class Problem:
     def num_patches(self, patch: Patch) -> int:
         height, width = self.map_size
         return math.ceil(height / patch.rows) * math.ceil(width / patch.cols)
+
+    def grid(self, patch: Patch) -> tuple[int]:
+        """Programs of such a kernel."""
+        return (self.num_patches(patch) * self.batch * (self.heads // patch.heads),)
 
     def input_strides(self) -> tuple[int, ...]:
         return *self.q.stride(), *self.k.stride(), *self.v.stride()
@@ -166,4 +182,6 @@ class Problem:
             SCALE_Q=self.q_factor != 1.0,
             # The default up to Triton 3.9 only.
             enable_fp_fusion=True,
+            # Or the compiler spills a few registers for a step of occupancy.
+            maxnreg=255 if self.has_fine_table() else None,
         )

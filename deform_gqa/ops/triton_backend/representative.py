@@ -1,5 +1,8 @@
 """Launches that stand for all: stage 1 of DAT-T++ on an 800 x 1333 image."""
 
+import math
+from typing import NamedTuple
+
 import torch
 
 from . import (
@@ -12,7 +15,19 @@ from . import (
     neighborhood_attn_forward,
 )
 
-GRID_SIZE, KEY_GRID, TABLE_SIZE = (200, 334), (25, 42), (111, 111)
+
+class Maps(NamedTuple):
+    """Sizes (rows, columns) of the map of queries, that of keys and the table."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    table: tuple[int, int]
+
+
+DETECTION = Maps((200, 334), (25, 42), (111, 111))
+# Images of the size that the table was made for; it is as fine as the map.
+CLASSIFICATION = Maps((56, 56), (7, 7), (111, 111))
+IN_BETWEEN = Maps((100, 100), (13, 13), (111, 111))
 KERNEL_SIZE = 7
 
 
@@ -32,16 +47,19 @@ def attention(
     bias: bool = True,
     dropout_p: float = 0.0,
     pos_in_range: bool = True,
+    heads_per_kv: int = 1,
+    maps: Maps = DETECTION,
 ) -> list[aot.Launch]:
     """Every kernel of a deform_attn call, forward and backward, in launch order."""
-    q = torch.empty(1, 2, GRID_SIZE[0] * GRID_SIZE[1], head_dim, dtype=dtype)
-    keys = KEY_GRID[0] * KEY_GRID[1]
+    heads = 2 * heads_per_kv
+    queries, keys = math.prod(maps.queries), math.prod(maps.keys)
+    q = torch.empty(1, heads, queries, head_dim, dtype=dtype)
     k, v = torch.empty(2, 1, 2, keys, head_dim, dtype=dtype)
     pos = torch.empty(1, 1, keys, 2) if bias else None
-    table = torch.empty(2, *TABLE_SIZE) if bias else None
+    table = torch.empty(heads, *maps.table) if bias else None
     options = dict(
         seed=0,
-        grid_size=GRID_SIZE,
+        grid_size=maps.queries,
         scale=head_dim**-0.5,
         dropout_p=dropout_p,
         pos_in_range=pos_in_range,
@@ -54,9 +72,9 @@ def attention(
 
 def sampling(arch: int, dtype: torch.dtype) -> list[aot.Launch]:
     """The kernels of deform_sample on a channels-last map."""
-    x = torch.empty(1, 64, *GRID_SIZE, dtype=dtype)
+    x = torch.empty(1, 64, *DETECTION.queries, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    pos = torch.empty(1, 1, KEY_GRID[0] * KEY_GRID[1], 2)
+    pos = torch.empty(1, 1, math.prod(DETECTION.keys), 2)
     with aot.record_launches(arch) as launches:
         out = deform_sample_forward(x, pos)
         deform_sample_backward(out, x, pos)
@@ -67,13 +85,13 @@ def neighborhood(
     arch: int, head_dim: int, dtype: torch.dtype, kernel_size: int = KERNEL_SIZE
 ) -> list[aot.Launch]:
     """The distinct launches of a neighborhood_attn call, forward and backward."""
-    places = GRID_SIZE[0] * GRID_SIZE[1]
+    places = math.prod(DETECTION.queries)
     q, k, v = torch.empty(3, 1, 2, places, head_dim, dtype=dtype)
     side = 2 * kernel_size - 1
     rpb = torch.empty(2, side, side)
     options = dict(
         seed=0,
-        grid_size=GRID_SIZE,
+        grid_size=DETECTION.queries,
         kernel_size=kernel_size,
         dilation=1,
         scale=head_dim**-0.5,

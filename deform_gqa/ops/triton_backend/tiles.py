@@ -5,15 +5,28 @@ import triton.language as tl
 
 
 @triton.jit
-def patch_queries(i_patch, height, width, R: tl.constexpr, C: tl.constexpr):
-    """First row and column of a patch; its (M,) queries and which are on the map."""
+def patch_queries(
+    i_patch, height, width, HS: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
+    """First row and column of a patch; of its HS stacked heads the (M,) queries.
+
+    Returns:
+        row0, col0, and (M,) each: the head in the stack, the query, and whether that
+        is on the map.
+    """
     per_row = tl.cdiv(width, C)
     row0 = (i_patch // per_row) * R
     col0 = (i_patch % per_row) * C
-    m = tl.arange(0, R * C)
-    row, col = row0 + m // C, col0 + m % C
+    m = tl.arange(0, HS * R * C)
+    row, col = row0 + m // C % R, col0 + m % C
     o_m = row.to(tl.int64) * width + col
-    return row0, col0, o_m, (row < height) & (col < width)
+    return row0, col0, m // (R * C), o_m, (row < height) & (col < width)
+
+
+@triton.jit
+def query_offsets(i_stack, o_m, stride_head, stride_query):
+    """(M,) offsets of the queries of stacked heads."""
+    return i_stack.to(tl.int64) * stride_head + o_m.to(tl.int64) * stride_query
 
 
 @triton.jit

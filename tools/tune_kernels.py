@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 from unittest import mock
 
@@ -26,6 +27,8 @@ from triton.runtime.errors import OutOfResources
 from deform_gqa.ops.triton_backend import (
     deform_attn_backward,
     deform_attn_forward,
+    neighborhood_attn_backward,
+    neighborhood_attn_forward,
     problem,
 )
 from deform_gqa.ops.triton_backend.block_sizes import (
@@ -41,6 +44,8 @@ from deform_gqa.ops.triton_backend.block_sizes import (
 FEWEST_PAIRS, MOST_PAIRS = 8, 64
 # Stage 3 of DAT-T++ on an 800 x 1333 image: half of the pairs of the whole backbone.
 GRID_SIZE, KEYS, HEADS, GROUPS, TABLE_SIZE = (50, 84), 1050, 8, 4, (27, 27)
+KERNEL_SIZE = 7
+NEIGHBORHOOD_OPS = ['neighborhood_fwd', 'neighborhood_dq', 'neighborhood_dkdv']
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,19 +65,16 @@ def parse_args() -> argparse.Namespace:
 
 
 def ops_of(head_dim: int, dtype: torch.dtype) -> list[str]:
-    """The kernels of a call with a bias and without dropout."""
+    """The kernels of calls with a bias and without dropout."""
     if fuses_bias_gradient(head_dim, dtype):
-        return ['deform_attn_fwd', 'deform_attn_dq', 'deform_attn_dkdv_dbias']
-    return [
-        'deform_attn_fwd',
-        'deform_attn_dq',
-        'deform_attn_dkdv',
-        'deform_attn_dbias',
-    ]
+        for_keys = ['deform_attn_dkdv_dbias']
+    else:
+        for_keys = ['deform_attn_dkdv', 'deform_attn_dbias']
+    return ['deform_attn_fwd', 'deform_attn_dq', *for_keys, *NEIGHBORHOOD_OPS]
 
 
 def candidates() -> list[BlockSizes]:
-    every = itertools.product((32, 64, 128, 256), (16, 32, 64), (4, 8), (1, 2))
+    every = itertools.product((16, 32, 64, 128, 256), (16, 32, 64), (4, 8, 16), (1, 2))
     return [
         BlockSizes(queries, keys, warps, stages)
         for queries, keys, warps, stages in every
@@ -80,27 +82,32 @@ def candidates() -> list[BlockSizes]:
     ]
 
 
+def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, device='cuda').to(dtype)
+
+
 def make_call(op: str, head_dim: int, dtype: torch.dtype, batch: int):
     """A function of no arguments that runs the forward or the backward kernels."""
-
-    def draw(*shape, dtype=dtype):
-        return torch.randn(shape, device='cuda').to(dtype)
-
-    q = draw(batch, HEADS, GRID_SIZE[0] * GRID_SIZE[1], head_dim)
-    k, v = (draw(batch, HEADS, KEYS, head_dim) for _ in range(2))
-    pos = torch.rand(batch, GROUPS, KEYS, 2, device='cuda') * 2 - 1
-    table = draw(HEADS, *TABLE_SIZE, dtype=torch.float32)
-    options = dict(
-        seed=0,
-        grid_size=GRID_SIZE,
-        scale=head_dim**-0.5,
-        dropout_p=0.0,
-        pos_in_range=True,
-    )
-    if op == 'deform_attn_fwd':
-        return lambda: deform_attn_forward(q, k, v, pos, table, **options)
-    out, lse = deform_attn_forward(q, k, v, pos, table, **options)
-    return lambda: deform_attn_backward(q, out, lse, q, k, v, pos, table, **options)
+    queries = math.prod(GRID_SIZE)
+    options = dict(seed=0, grid_size=GRID_SIZE, scale=head_dim**-0.5, dropout_p=0.0)
+    if op in NEIGHBORHOOD_OPS:
+        forward, backward = neighborhood_attn_forward, neighborhood_attn_backward
+        options.update(kernel_size=KERNEL_SIZE, dilation=1)
+        keys = queries
+        side = 2 * KERNEL_SIZE - 1
+        bias = [draw(HEADS, side, side, dtype=torch.float32)]
+    else:
+        forward, backward = deform_attn_forward, deform_attn_backward
+        options.update(pos_in_range=True)
+        keys = KEYS
+        pos = torch.rand(batch, GROUPS, KEYS, 2, device='cuda') * 2 - 1
+        bias = [pos, draw(HEADS, *TABLE_SIZE, dtype=torch.float32)]
+    q = draw(batch, HEADS, queries, head_dim, dtype=dtype)
+    k, v = (draw(batch, HEADS, keys, head_dim, dtype=dtype) for _ in range(2))
+    if op.endswith('_fwd'):
+        return lambda: forward(q, k, v, *bias, **options)
+    out, lse = forward(q, k, v, *bias, **options)
+    return lambda: backward(q, out, lse, q, k, v, *bias, **options)
 
 
 def time_ms(call, op: str, sizes: BlockSizes) -> float:

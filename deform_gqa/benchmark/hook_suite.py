@@ -16,7 +16,6 @@ Unlike the other suites this one needs mmengine and whatever the config needs.
 import argparse
 import dataclasses
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,11 +28,11 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from ..engine import RuntimeBenchmarkHook
+from . import hook_report
 from .common_options import check_positive
 from .environment import describe_environment
 from .errors import OptionError
 from .progress import progress
-from .tables import markdown_table, number
 from .timing import quantile
 
 __all__ = ['add_arguments', 'run']
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--interval', type=int, default=default, help='default: %(default)s, the hook')
     add('--pairs', type=int, default=DEFAULT_PAIRS, help='default: %(default)s')
     add('--threads', type=int, help="of a CPU (default: torch's choice)")
-    add('--out', metavar='DIR', help='write JSON and Markdown to this folder')
+    add('--out', metavar='DIR', help='write JSON, Markdown and PNG to this folder')
 
 
 def run(args: argparse.Namespace, command: str) -> None:
@@ -80,14 +79,9 @@ def run(args: argparse.Namespace, command: str) -> None:
         blocks=[dataclasses.asdict(block) for block in blocks],
         summary=summarize(blocks, args.interval),
     )
-    text = markdown(report)
-    print(text)
+    print(hook_report.markdown(report))
     if args.out is not None:
-        folder = Path(args.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'hook-overhead.json').write_text(json.dumps(report, indent=1) + '\n')
-        (folder / 'hook-overhead.md').write_text(text)
-        print(f'written to {folder}: hook-overhead.json, hook-overhead.md')
+        hook_report.save(report, Path(args.out))
 
 
 @dataclasses.dataclass
@@ -233,33 +227,3 @@ def _spread(shares: Sequence[float]) -> dict[str, float] | None:
         return None
     names = dict(p20=0.2, median=0.5, p80=0.8)
     return {name: quantile(shares, q) for name, q in names.items()}
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
-    env, interval = report['environment'], report['interval']
-    rows = []
-    for clock, record in report['summary'].items():
-        cells = [_percent(record[name]) for name in ('samples', 'blocks', 'noise')]
-        rows.append([clock, number(record['iteration_ms']), *cells])
-    header = ('clock', 'iteration ms', 'overhead by samples', 'overhead by blocks')
-    table = markdown_table((*header, 'block without after block without'), rows)
-    parts = [
-        '# Overhead of RuntimeBenchmarkHook',
-        f'`{report["command"]}`',
-        f'{env["device"]}, {env["threads"]} threads, torch {env["torch"]}, commit '
-        f'{env["commit"]}, {env["date"]}. Load average: {env["load_average"]} on '
-        f'{env["cpu_count"]} cores.',
-        f'{report["config"]}: {len(report["blocks"])} blocks of {interval} '
-        'iterations; half of them have the hook, which samples their first iteration. '
-        'Medians, and p20 to p80 in brackets.',
-        table,
-    ]
-    return '\n\n'.join(parts) + '\n'
-
-
-def _percent(spread: dict[str, float] | None) -> str:
-    if spread is None:
-        return ''
-    low, middle, high = (100 * spread[name] for name in ('p20', 'median', 'p80'))
-    return f'{middle:+.2f} % ({low:+.2f} to {high:+.2f})'

@@ -72,3 +72,4 @@ def test_tiny_run(benchmark_tool, capsys, tmp_path, monkeypatch):
         assert len(block['wall_ms']) == len(block['cpu_ms']) == 3
         assert min(block['wall_ms']) > 0
     assert (tmp_path / 'out' / 'hook-overhead.md').exists()
+    assert (tmp_path / 'out' / 'hook-overhead.png').stat().st_size > 1000

@@ -13,8 +13,8 @@ pytest.importorskip('triton')
 import triton
 from triton.runtime.errors import OutOfResources
 
+from deform_gqa.ops.triton_backend import aot, problem
 from deform_gqa.ops.triton_backend import block_sizes as table
-from deform_gqa.ops.triton_backend import problem
 from deform_gqa.ops.triton_backend.block_sizes import BlockSizes
 
 CLI = Path(__file__).parents[2] / 'tools/tune_kernels.py'
@@ -79,6 +79,19 @@ def test_ops_have_built_in_sizes(tool, head_dim, dtype):
             assert table.block_sizes(op, head_dim, dtype, arch).keys >= 16
 
 
+@pytest.mark.parametrize('op', ['deform_attn_dq', 'neighborhood_fwd'])
+def test_call_launches_the_kernel_that_is_tuned(monkeypatch, tool, op):
+    """On the CPU, with the launches themselves taken out."""
+    draw, rand = torch.randn, torch.rand
+    monkeypatch.setattr(torch, 'randn', lambda shape, device: draw(shape))
+    monkeypatch.setattr(torch, 'rand', lambda *shape, device: rand(shape))
+    with aot.record_launches(90):
+        call = tool.make_call(op, 32, torch.float16, 1)
+    with aot.record_launches(90) as launches:
+        call()
+    assert f'{op}_kernel' in {launch.name for launch in launches}
+
+
 def test_writes_what_the_kernels_then_use(monkeypatch, tool, overrides, gpu):
     other = {'queries': 64, 'keys': 16, 'warps': 4, 'stages': 1}
     overrides.write_text(json.dumps({'deform_attn_fwd/32/float16/sm_80': other}))
@@ -93,6 +106,11 @@ def test_writes_what_the_kernels_then_use(monkeypatch, tool, overrides, gpu):
         'deform_attn_dq/128/bfloat16/sm_90',
         'deform_attn_dkdv/128/bfloat16/sm_90',
         'deform_attn_dbias/128/bfloat16/sm_90',
+        *(
+            f'{op}/{head_dim}/bfloat16/sm_90'
+            for op in tool.NEIGHBORHOOD_OPS
+            for head_dim in (32, 128)
+        ),
     }
     assert table.block_sizes('deform_attn_dq', 32, torch.bfloat16, 90) == BEST
     assert table.block_sizes('deform_attn_dq', 32, torch.bfloat16, 80) != BEST

@@ -12,11 +12,14 @@ from deform_gqa.ops import backends
 pytestmark = pytest.mark.interpret
 
 
-def test_equals_official_backbone(monkeypatch):
+@pytest.mark.parametrize(
+    'name', ['dat_pp_mini_64x64', 'dat_pp_mini_96x160', 'dat_v1_mini_224x224']
+)
+def test_equals_official_backbone(name, monkeypatch):
     """Neighborhood and deformable layers of all stages, maps smaller than a window."""
     # The official model's heads are narrower than the kernels' usual ones.
     monkeypatch.setattr(backends, 'TRITON_HEAD_DIMS', range(4, 257))
-    config, arrays = load_golden('dat_pp_mini_64x64')
+    config, arrays = load_golden(name)
     model = DAT(official_arch(config), backend='triton')
     load_dat_checkpoint(model, sub_dict(arrays, 'state/'))
     model.norms = nn.ModuleList(nn.Identity() for _ in range(4))

@@ -33,22 +33,24 @@ def test_one_sample_serves_eight_heads(arch, head_dim, dtype):
     # Four corners of k and of v, 16 bytes a lane.
     assert (forward.map_loads, forward.load_bytes, forward.heads) == (8, 16, 8)
     assert forward.barriers == 0
-    # Backward rather holds more heads: each block of heads would gather and scatter.
-    assert (backward.map_loads, backward.load_bytes) == (8, 8)
+    # Half of the lanes load those of k, the other half those of v.
+    assert (backward.map_loads, backward.load_bytes) == (4, 16)
     if arch >= 90:  # four numbers by one atomic; older GPUs have none for float32
         assert (backward.atomics, backward.atomic_bytes) == (8, 16)
         assert backward.heads == 8
         assert backward.barriers == 0
 
 
-@pytest.mark.parametrize('heads', [1, 2])
+@pytest.mark.parametrize('head_dim', [32, 256])
+@pytest.mark.parametrize('heads', [1, 2, 4, 8])
 @pytest.mark.parametrize('arch', [80, 90])
-def test_corners_are_loaded_by_sixteen_bytes(arch, heads):
-    for x in reports(arch, 32, torch.bfloat16, heads):
-        assert (x.map_loads, x.load_bytes) == (8, 16), x
+def test_corners_are_loaded_by_sixteen_bytes(arch, heads, head_dim):
+    for x in reports(arch, head_dim, torch.bfloat16, heads):
+        assert x.load_bytes == 16, x
+        assert x.other_loads == 2, x  # x and y of a point
         if arch >= 90 and x.name == 'deform_sdpa_bwd_kernel':
-            # A lane holds eight channels: two atomics for each corner of k and of v.
-            assert (x.atomics, x.atomic_bytes) == (16, 16)
+            # Four numbers an atomic, for each corner of k and of v
+            assert (x.atomics, x.atomic_bytes) == (2 * x.map_loads, 16)
             assert x.barriers == 0
 
 

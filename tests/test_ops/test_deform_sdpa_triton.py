@@ -18,7 +18,7 @@ from triton_cases import assert_as_good_as, poisoned_memory, to_double
 
 from deform_gqa.ops import deform_sdpa
 from deform_gqa.ops.custom_ops_sdpa import deform_sdpa_op
-from deform_gqa.ops.triton_backend import sdpa_problem
+from deform_gqa.ops.triton_backend import problem, sdpa_problem
 
 pytestmark = pytest.mark.interpret
 
@@ -95,6 +95,14 @@ def test_bfloat16():
     """These kernels have no ``tl.dot``, which the interpreter computes wrongly."""
     case = dataclasses.replace(CASE, heads=8, kv_heads=1, head_dim=32)
     check(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize(('heads', 'dtype'), [(4, torch.float16), (8, torch.float32)])
+def test_tiles_of_new_gpus(monkeypatch, heads, dtype):
+    """More heads and atomics of four numbers; else the interpreter takes old ones."""
+    monkeypatch.setattr(problem, 'architecture', lambda device: 90)
+    case = dataclasses.replace(CASE, heads=heads, kv_heads=1, head_dim=24)
+    check(case, dtype)
 
 
 @pytest.mark.parametrize(('heads', 'kv_heads'), [(12, 1), (24, 2)])

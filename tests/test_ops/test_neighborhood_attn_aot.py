@@ -45,3 +45,13 @@ def test_kernels(arch, head_dim, dtype):
 def test_kernel_sizes(kernel_size):
     for launch in neighborhood(90, 32, torch.bfloat16, kernel_size):
         check(launch, 90)
+
+
+@pytest.mark.parametrize('arch', [80, 90])
+def test_dropout_and_padded_head_dims(arch):
+    """They need more registers than a tile of the usual size leaves."""
+    for launch in neighborhood(arch, 32, torch.bfloat16, dropout_p=0.1):
+        check(launch, arch)
+    for head_dim, dtype in ((40, torch.bfloat16), (48, torch.float32)):
+        for launch in neighborhood(arch, head_dim, dtype):
+            check(launch, arch)

@@ -1,11 +1,15 @@
 """Backward kernel of deform_sdpa: all four gradients in one pass over the points.
 
-The tiles are those of the forward kernel; the weights come back from the saved
-log-sum-exp. The gradient of a sample is summed over the heads of its unit in
-registers before it goes to memory: one atomic for each corner and channel of a kv
-head, whatever the number of query heads. The gradient of a point is a sum over
-channels and heads inside the program; only where several units or blocks of heads
-share points does the host add their partial results.
+k with q and v with the gradient of out are two sides of one tile (2, BQ, DP): what
+is done to one is done to the other. q.k and dout.v are one reduction, the gradients
+of k and v one sum over heads, and the weights and their gradients are all that the
+sides exchange. A lane holds one side, so that half the registers hold a corner.
+
+The weights come back from the saved log-sum-exp. The gradient of a sample is summed
+over the heads of its unit in registers before it goes to memory: one atomic for each
+corner and channel of a kv head, whatever the number of query heads. The gradient of a
+point is a sum over channels and heads inside the program; only where several units or
+blocks of heads share points does the host add their partial results.
 
 dk and dv are sums by float32 atomics, or in 64-bit fixed point, whose sum has no
 order, under torch.use_deterministic_algorithms.
@@ -20,10 +24,8 @@ from .fixed_point import fixed_point_unit
 from .sdpa_points import (
     axis_pixels,
     blend,
+    channel_vectors,
     corner_offsets,
-    head_rows,
-    load_corners,
-    load_heads,
     store_heads,
     stride_of,
     tile_of_program,
@@ -33,15 +35,65 @@ from .tiles import keep_scale
 
 
 @triton.jit
+def head_mask(i_head, heads_left, o_n, num_queries):
+    """(1, BQ) queries that exist, of a head that does."""
+    return (o_n < tl.where(i_head < heads_left, num_queries, 0))[None, :]
+
+
+@triton.jit
+def kept_heads(seed, dropout_p, o_row, o_key, num_keys):
+    """(BQ,) bits of the heads that dropout keeps, from the rows (BR, BQ).
+
+    Drawn for all heads at once, the numbers are spread over the lanes.
+    """
+    is_kept = keep_scale(seed, dropout_p, o_row, o_key, num_keys) > 0
+    return tl.sum(is_kept.to(tl.int32) << tl.arange(0, o_row.shape[0])[:, None], 0)
+
+
+@triton.jit
+def load_rows(
+    p_1, p_2, o_1, o_2, mask, D: tl.constexpr, DP: tl.constexpr, VEC: tl.constexpr
+):
+    """(2, BQ, DP) rows at the offsets (BQ,) of each side, zero where masked.
+
+    Args:
+        mask: (2 or 1, BQ) rows to load.
+    """
+    o_d, m_d = channel_vectors(D, DP, VEC)
+    o_1, o_2 = o_1[None, :, None, None] + o_d, o_2[None, :, None, None] + o_d
+    # The compiler sees what is contiguous in either address, not in a choice of bases.
+    is_first = (tl.arange(0, 2) == 0)[:, None, None, None]
+    p = tl.where(is_first, p_1 + o_1, p_2 + o_2)
+    mask = mask[:, :, None, None]
+    if D != DP:
+        mask = mask & m_d
+    b = tl.load(p, mask=mask, other=0.0).to(tl.float32)
+    return tl.reshape(b, (2, mask.shape[1], DP))
+
+
+@triton.jit
+def load_corner(p_k, p_v, o_pixel, D: tl.constexpr, DP: tl.constexpr):
+    """(2, BQ, DP) channels of one pixel of k and v for each query, in float32."""
+    o_d = tl.arange(0, DP)[None, None, :]
+    o = o_pixel[None, :, None] + o_d
+    is_k = (tl.arange(0, 2) == 0)[:, None, None]
+    p = tl.where(is_k, p_k + o, p_v + o)
+    if D == DP:
+        b = tl.load(p)
+    else:
+        b = tl.load(p, mask=o_d < D, other=0.0)
+    return b.to(tl.float32)
+
+
+@triton.jit
 def add_channels(
-    p, grad, o_pixel, o_d, m_n, unit,
+    p, grad, o_pixel, o_d, mask, unit,
     D: tl.constexpr, DP: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """Adds (BQ, channels) at the offsets o_pixel (BQ,) and o_d, as int64 if FIXED."""
-    p += o_pixel[:, None] + o_d[None, :]
-    mask = m_n[:, None]
+    """Adds (2, BQ, channels) at the offsets o_pixel (BQ,) and o_d, int64 if FIXED."""
+    p += o_pixel[None, :, None] + o_d[None, None, :]
     if D != DP:
-        mask = mask & (o_d < D)[None, :]
+        mask = mask & (o_d < D)[None, None, :]
     if FIXED:
         tl.atomic_add(p, (grad * unit).to(tl.int64), mask=mask, sem='relaxed')
     else:
@@ -51,61 +103,61 @@ def add_channels(
 @triton.jit
 def add_corner(
     p_grad, grad, o_pixel, weight, m_n, unit,
-    D: tl.constexpr, DP: tl.constexpr, VEC: tl.constexpr, FIXED: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, VEC: tl.constexpr, ATOM: tl.constexpr,
+    FIXED: tl.constexpr,
 ):  # fmt: skip
-    """Adds (BQ, DP) times the corner's weight to its pixel, if that is on the map.
+    """Adds (2, BQ, DP) times the corner's weight to its pixel, if that is on the map.
 
-    An atomic takes four numbers at most. Of a lane that holds eight, the first four
-    go out together, then the last four: no number moves to another lane.
+    Of a lane that holds eight channels where an atomic takes four, the first four go
+    out together, then the last four: no number moves to another lane.
     """
-    m_n = m_n & (weight != 0.0)
-    grad = grad * weight[:, None]
-    if VEC == 8:
-        BQ: tl.constexpr = grad.shape[0]
-        grad = tl.permute(tl.reshape(grad, (BQ, DP // 8, 2, 4)), (0, 1, 3, 2))
-        first, last = tl.split(grad)
-        o_d = tl.arange(0, DP // 2)
-        o_d = o_d // 4 * 8 + o_d % 4
-        first, last = tl.reshape(first, (BQ, DP // 2)), tl.reshape(last, (BQ, DP // 2))
-        add_channels(p_grad, first, o_pixel, o_d, m_n, unit, D, DP, FIXED)
-        add_channels(p_grad, last, o_pixel, o_d + 4, m_n, unit, D, DP, FIXED)
+    mask = (m_n & (weight != 0.0))[None, :, None]
+    grad = grad * weight[None, :, None]
+    if VEC == 2 * ATOM:
+        BQ: tl.constexpr = grad.shape[1]
+        HALF: tl.constexpr = DP // 2
+        grad = tl.reshape(grad, (2, BQ, DP // VEC, 2, ATOM))
+        first, last = tl.split(tl.permute(grad, (0, 1, 2, 4, 3)))
+        first, last = tl.reshape(first, (2, BQ, HALF)), tl.reshape(last, (2, BQ, HALF))
+        o_d = tl.arange(0, HALF)
+        o_d = o_d // ATOM * VEC + o_d % ATOM
+        add_channels(p_grad, first, o_pixel, o_d, mask, unit, D, DP, FIXED)
+        add_channels(p_grad, last, o_pixel, o_d + ATOM, mask, unit, D, DP, FIXED)
     else:
-        add_channels(p_grad, grad, o_pixel, tl.arange(0, DP), m_n, unit, D, DP, FIXED)
+        add_channels(p_grad, grad, o_pixel, tl.arange(0, DP), mask, unit, D, DP, FIXED)
 
 
 @triton.jit
-def add_corners(
-    p_grad, grad, o_00, o_01, o_10, o_11, w_00, w_01, w_10, w_11, m_n, unit,
-    D: tl.constexpr, DP: tl.constexpr, VEC: tl.constexpr, FIXED: tl.constexpr,
-):  # fmt: skip
-    add_corner(p_grad, grad, o_00, w_00, m_n, unit, D, DP, VEC, FIXED)
-    add_corner(p_grad, grad, o_01, w_01, m_n, unit, D, DP, VEC, FIXED)
-    add_corner(p_grad, grad, o_10, w_10, m_n, unit, D, DP, VEC, FIXED)
-    add_corner(p_grad, grad, o_11, w_11, m_n, unit, D, DP, VEC, FIXED)
+def weight_grad(grad, b, VEC: tl.constexpr):
+    """(2, BQ, DP / VEC) gradient of a corner's weight, summed within each lane."""
+    S: tl.constexpr = grad.shape[0]
+    BQ: tl.constexpr = grad.shape[1]
+    return tl.sum(tl.reshape(grad * b, (S, BQ, grad.shape[2] // VEC, VEC)), 3)
 
 
 @triton.jit
-def weight_grad(grad_k, b_k, grad_v, b_v):
-    """(BQ,) gradient of a corner's weight from what the corner holds (BQ, DP)."""
-    return tl.sum(grad_k * b_k + grad_v * b_v, 1)
+def sum_lanes(x):
+    """(BQ,) from (2, BQ, DP / VEC)."""
+    return tl.sum(tl.sum(x, 0), 1)
 
 
 @triton.jit(do_not_specialize=[
     "num_units", "num_blocks", "heads_per_unit", "heads_per_kv", "heads_per_group",
     "num_heads", "query_views", "num_queries", "views", "points", "height", "width",
-    "seed",
+    "seed", "num_rows",
     "q_b", "q_w", "q_h", "q_n", "k_b", "k_w", "k_h", "v_b", "v_w", "v_h", "kv_m",
     "do_b", "do_w", "do_h", "do_n",
 ])  # fmt: skip
 def deform_sdpa_bwd_kernel(
-    p_q, p_k, p_v, p_coords, p_out, p_do, p_lse, p_dq, p_dk, p_dv, p_dcoords, p_units,
+    p_q, p_k, p_v, p_coords, p_out, p_do, p_lse, p_dq, p_dkv, p_dcoords, p_units,
+    num_rows,
     q_b, q_w, q_h, q_n, k_b, k_w, k_h, v_b, v_w, v_h, kv_m, do_b, do_w, do_h, do_n,
     num_units, num_blocks, heads_per_unit, heads_per_kv, heads_per_group,
     num_heads, query_views, num_queries, views, points, height, width,
     scale_log2, seed, dropout_p,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BR: tl.constexpr,
     VEC: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr,
-    FIXED: tl.constexpr,
+    ATOM: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     LN_2: tl.constexpr = 0.6931471805599453
     q_b, q_w = stride_of(q_b, UNIT), stride_of(q_w, UNIT)
@@ -120,36 +172,48 @@ def deform_sdpa_bwd_kernel(
     m_n = o_n < num_queries
     head0 = i_unit * heads_per_unit + i_block * BR
     heads_left = heads_per_unit - i_block * BR
-    o_row, m_row = head_rows(
-        i_b, i_w, head0, heads_left, o_n, query_views, num_heads, num_queries, BR
-    )
-    # (BR, BQ, DP)
-    b_do = load_heads(
-        p_do + i_b * do_b + i_w * do_w, head0, o_n, do_h, do_n, m_row, BR, D, DP, VEC
-    )
-    out_h = num_queries * D
-    p_out += (i_b * query_views + i_w) * num_heads * out_h
-    b_out = load_heads(p_out, head0, o_n, out_h, D, m_row, BR, D, DP, VEC)
+    p_q += i_b * q_b + i_w * q_w
+    p_do += i_b * do_b + i_w * do_w
+    p_out += (i_b * query_views + i_w) * num_heads * num_queries * D
+    row0 = ((i_b * query_views + i_w) * num_heads + head0) * num_queries
     # (BR, BQ)
-    delta = tl.sum(b_do * b_out, 2)
-    lse2 = tl.load(p_lse + o_row, mask=m_row, other=float('inf')) / LN_2
-    # (BR, BQ, DP)
-    b_q = load_heads(
-        p_q + i_b * q_b + i_w * q_w, head0, o_n, q_h, q_n, m_row, BR, D, DP, VEC
-    )
-    b_q = b_q * scale_log2
-    acc = tl.zeros([BR, BQ, DP], tl.float32)
+    o_rows = row0 + tl.arange(0, BR)[:, None] * num_queries + o_n[None, :]
+    # Not by rows: the compiler would keep those until dq is stored, and spill.
+    p_lse += row0 + o_n[None, :]
+    side = tl.arange(0, 2)
+    is_k, is_v = (side == 0)[:, None], (side == 1)[:, None]
+    scale = scale_log2 * LN_2
+    to_log2 = tl.where(is_k, 1 / LN_2, 1.0)
+    # Of each head: q and dout, what is taken off q.k and dout.v, the sum for dq.
+    b_heads, minus, accs = (), (), ()
+    for i_r in tl.static_range(BR):
+        m_row = head_mask(i_r, heads_left, o_n, num_queries)
+        head = (head0 + i_r).to(tl.int64)
+        o_q = head * q_h + o_n.to(tl.int64) * q_n
+        o_do = head * do_h + o_n.to(tl.int64) * do_n
+        # (2, BQ, DP)
+        b_head = load_rows(p_q, p_do, o_q, o_do, m_row, D, DP, VEC)
+        m_out = m_row & is_v
+        o_out = head * num_queries * D + o_n.to(tl.int64) * D
+        b_out = load_rows(p_out, p_out, o_out, o_out, m_out, D, DP, VEC)
+        # (1, BQ)
+        delta = tl.sum(tl.sum(b_head * b_out, 2), 0)[None, :]
+        b_lse = tl.load(p_lse + i_r * num_queries, mask=m_row, other=float('inf'))
+        minus += (tl.where(is_k, b_lse / LN_2, delta),)
+        b_heads += (b_head * tl.where(is_k, scale, 1.0)[:, :, None],)
+        accs += (tl.zeros([2, BQ, DP], tl.float32),)
 
     i_kv = (head0 // heads_per_kv).to(tl.int64)
     p_k += i_b * k_b + i_kv * k_h
     p_v += i_b * v_b + i_kv * v_h
     num_kv = num_heads // heads_per_kv
-    o_map = (i_b * views * num_kv + i_kv) * height * width * D
-    p_dk += o_map
-    p_dv += o_map
-    unit_k, unit_v = 1.0, 1.0
+    # dk, then dv of num_rows pixels: one base, whose alignment the compiler sees.
+    o_side = side.to(tl.int64) * num_rows
+    o_map = (i_b * views * num_kv + i_kv) * height * width
+    p_dkv += ((o_side + o_map) * D)[:, None, None]
+    unit = 1.0
     if FIXED:
-        unit_k, unit_v = tl.load(p_units), tl.load(p_units + 1)
+        unit = tl.load(p_units + side)[:, None, None]
 
     # Queries behind the last read the last one's points.
     o_last = tl.minimum(o_n, num_queries - 1)
@@ -173,56 +237,66 @@ def deform_sdpa_bwd_kernel(
                 x_0, x_1, y_0, y_1, width, kv_m, UNIT, WIDE
             )
             w_00, w_01, w_10, w_11 = w_y0 * w_x0, w_y0 * w_x1, w_y1 * w_x0, w_y1 * w_x1
-            # (BQ, DP)
-            k_00, k_01, k_10, k_11 = load_corners(p_k, o_00, o_01, o_10, o_11, D, DP)
-            v_00, v_01, v_10, v_11 = load_corners(p_v, o_00, o_01, o_10, o_11, D, DP)
-            b_k = blend(k_00, k_01, k_10, k_11, w_00, w_01, w_10, w_11)
-            b_v = blend(v_00, v_01, v_10, v_11, w_00, w_01, w_10, w_11)
-            # (BR, BQ)
-            weights = tl.exp2(tl.sum(b_q * b_k[None, :, :], 2) - lse2)
-            grad = tl.sum(b_do * b_v[None, :, :], 2)
-            dropped = weights
+            # (2, BQ, DP)
+            b_00 = load_corner(p_k, p_v, o_00, D, DP)
+            b_01 = load_corner(p_k, p_v, o_01, D, DP)
+            b_10 = load_corner(p_k, p_v, o_10, D, DP)
+            b_11 = load_corner(p_k, p_v, o_11, D, DP)
+            b_kv = blend(b_00, b_01, b_10, b_11, w_00, w_01, w_10, w_11)
             if DROPOUT:
-                keep = keep_scale(
-                    seed, dropout_p, o_row, i_v * points + i_point, views * points
+                kept = kept_heads(
+                    seed, dropout_p, o_rows, i_v * points + i_point, views * points
                 )
-                grad *= keep
-                dropped = weights * keep
-            grad = weights * (grad - delta)
-            acc += grad[:, :, None] * b_k[None, :, :]
-            # (BQ, DP)
-            grad_k = tl.sum(grad[:, :, None] * b_q, 0) * LN_2
-            grad_v = tl.sum(dropped[:, :, None] * b_do, 0)
+            grad_kv = tl.zeros([2, BQ, DP], tl.float32)
+            new_accs = ()
+            for i_r in tl.static_range(BR):
+                # (2, BQ): the logit, then the gradient of the weight.
+                x = tl.sum(b_heads[i_r] * b_kv, 2)
+                keep = 1.0
+                if DROPOUT:
+                    keep = tl.where((kept >> i_r) & 1 != 0, 1 / (1 - dropout_p), 0.0)
+                    x *= tl.where(is_k, 1.0, keep[None, :])
+                x = x * to_log2 - minus[i_r]
+                other = tl.flip(x, 0)
+                weights = tl.exp2(tl.where(is_k, x, other))
+                # The gradient of the logit, then the weight.
+                x = weights * tl.where(is_k, other, keep)
+                # dq is the side of k; that of v sums what nobody reads.
+                new_accs += (accs[i_r] + x[:, :, None] * b_kv,)
+                grad_kv += x[:, :, None] * b_heads[i_r]
+            accs = new_accs
             o_00, o_01, o_10, o_11 = corner_offsets(
                 x_0, x_1, y_0, y_1, width, 1, D, WIDE
             )
-            add_corners(
-                p_dk, grad_k, o_00, o_01, o_10, o_11, w_00, w_01, w_10, w_11,
-                m_n, unit_k, D, DP, VEC, FIXED,
-            )  # fmt: skip
-            add_corners(
-                p_dv, grad_v, o_00, o_01, o_10, o_11, w_00, w_01, w_10, w_11,
-                m_n, unit_v, D, DP, VEC, FIXED,
-            )  # fmt: skip
-            # (BQ,)
-            g_00 = weight_grad(grad_k, k_00, grad_v, v_00)
-            g_01 = weight_grad(grad_k, k_01, grad_v, v_01)
-            g_10 = weight_grad(grad_k, k_10, grad_v, v_10)
-            g_11 = weight_grad(grad_k, k_11, grad_v, v_11)
-            grad_x = (w_y0 * g_01 + w_y1 * g_11) * in_x1
-            grad_x -= (w_y0 * g_00 + w_y1 * g_10) * in_x0
-            grad_y = (w_x0 * g_10 + w_x1 * g_11) * in_y1
-            grad_y -= (w_x0 * g_00 + w_x1 * g_01) * in_y0
-            grad_at = tl.join(grad_x * (width - 1), grad_y * (height - 1))
+            # Corner after corner, so that few are held.
+            g_00 = weight_grad(grad_kv, b_00, VEC)
+            add_corner(p_dkv, grad_kv, o_00, w_00, m_n, unit, D, DP, VEC, ATOM, FIXED)
+            g_01 = weight_grad(grad_kv, b_01, VEC)
+            add_corner(p_dkv, grad_kv, o_01, w_01, m_n, unit, D, DP, VEC, ATOM, FIXED)
+            g_10 = weight_grad(grad_kv, b_10, VEC)
+            add_corner(p_dkv, grad_kv, o_10, w_10, m_n, unit, D, DP, VEC, ATOM, FIXED)
+            g_11 = weight_grad(grad_kv, b_11, VEC)
+            add_corner(p_dkv, grad_kv, o_11, w_11, m_n, unit, D, DP, VEC, ATOM, FIXED)
+            # (2, BQ, DP / VEC)
+            grad_x = (w_y0[:, None] * g_01 + w_y1[:, None] * g_11) * in_x1[:, None]
+            grad_x -= (w_y0[:, None] * g_00 + w_y1[:, None] * g_10) * in_x0[:, None]
+            grad_y = (w_x0[:, None] * g_10 + w_x1[:, None] * g_11) * in_y1[:, None]
+            grad_y -= (w_x0[:, None] * g_00 + w_x1[:, None] * g_01) * in_y0[:, None]
+            # (BQ, 2)
+            grad_at = tl.join(
+                sum_lanes(grad_x) * (width - 1), sum_lanes(grad_y) * (height - 1)
+            )
             p = p_dat[:, None] + tl.arange(0, 2)[None, :]
             tl.store(p, grad_at, mask=m_n[:, None])
             p_dat += 2
         p_k += k_w
         p_v += v_w
-        p_dk += num_kv.to(tl.int64) * height * width * D
-        p_dv += num_kv.to(tl.int64) * height * width * D
+        p_dkv += (num_kv * D).to(tl.int64) * (height * width)
 
-    store_heads(p_dq, acc * (scale_log2 * LN_2), o_row, m_row, D, DP, VEC)
+    for i_r in tl.static_range(BR):
+        o_row = tl.broadcast_to((row0 + i_r * num_queries + o_n)[None, :], (2, BQ))
+        m_row = is_k & head_mask(i_r, heads_left, o_n, num_queries)
+        store_heads(p_dq, accs[i_r] * scale, o_row, m_row, D, DP, VEC)
 
 
 def deform_sdpa_backward(
@@ -257,7 +331,7 @@ def deform_sdpa_backward(
     tile = problem.tile('deform_sdpa_bwd' + '_fixed' * deterministic)
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dtype = torch.int64 if deterministic else torch.float32
-    grad_k, grad_v = (k.new_zeros(k.shape, dtype=dtype) for _ in range(2))
+    grad_kv = k.new_zeros(2, *k.shape, dtype=dtype)
     # (B, Vq, units * blocks, N, V, P, 2)
     shape = (*coords.shape[:2], problem.parts(tile), *coords.shape[3:])
     grad_coords = coords.new_empty(shape)
@@ -270,20 +344,24 @@ def deform_sdpa_backward(
         grad_out,
         lse,
         grad_q,
-        grad_k,
-        grad_v,
+        grad_kv,
         grad_coords,
         units,
+        k.numel() // problem.head_dim,
         *problem.input_strides(),
         **problem.arguments(tile),
+        ATOM=tile.atomic,
         FIXED=deterministic,
         **tile.options,
     )
+    grad_k, grad_v = grad_kv
     if deterministic:
         grad_k, grad_v = grad_k.double() / units[0], grad_v.double() / units[1]
     if problem.parts(tile) > problem.groups:
         grad_coords = grad_coords.unflatten(2, (problem.groups, -1)).sum(3)
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_coords
+    # Outputs of an op share no memory: copied even where the dtype stays.
+    grad_k, grad_v = grad_k.to(k.dtype, copy=True), grad_v.to(v.dtype, copy=True)
+    return grad_q, grad_k, grad_v, grad_coords
 
 
 def _fixed_point_units(problem: SdpaProblem, grad_out: Tensor) -> Tensor:

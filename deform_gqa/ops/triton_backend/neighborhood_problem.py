@@ -45,8 +45,18 @@ class NeighborhoodProblem:
         ]
 
     def sizes(self, op: str) -> BlockSizes:
+        """Smaller where masks or random numbers would not fit into registers."""
         arch = problem.architecture(self.q.device)
-        return problem.block_sizes(op, self.head_dim, self.q.dtype, arch)
+        sizes = problem.block_sizes(op, self.head_dim, self.q.dtype, arch)
+        if self.head_dim == pad_head_dim(self.head_dim) and self.dropout_p == 0:
+            return sizes
+        queries = sizes.queries // 2 if op == 'neighborhood_dkdv' else sizes.queries
+        return dataclasses.replace(
+            sizes,
+            queries=max(16, queries),
+            keys=max(16, sizes.keys // 2),
+            warps=2 * sizes.warps,
+        )
 
     def tile(self, owned: int, walked: int, row_pairs: int = 1) -> NeighborhoodTile:
         return choose_tile(owned, walked, *self.map_size, self.kernel_size, row_pairs)

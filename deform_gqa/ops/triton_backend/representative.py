@@ -82,7 +82,11 @@ def sampling(arch: int, dtype: torch.dtype) -> list[aot.Launch]:
 
 
 def neighborhood(
-    arch: int, head_dim: int, dtype: torch.dtype, kernel_size: int = KERNEL_SIZE
+    arch: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kernel_size: int = KERNEL_SIZE,
+    dropout_p: float = 0.0,
 ) -> list[aot.Launch]:
     """The distinct launches of a neighborhood_attn call, forward and backward."""
     places = math.prod(DETECTION.queries)
@@ -95,7 +99,7 @@ def neighborhood(
         kernel_size=kernel_size,
         dilation=1,
         scale=head_dim**-0.5,
-        dropout_p=0.0,
+        dropout_p=dropout_p,
     )
     with aot.record_launches(arch) as launches:
         out, lse = neighborhood_attn_forward(q, k, v, rpb, **options)

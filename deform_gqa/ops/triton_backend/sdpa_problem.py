@@ -13,18 +13,15 @@ from .block_sizes import pad_head_dim
 LOG2_E = math.log2(math.e)
 # Nothing is shared between warps, so programs of one warp wait for no other.
 WARPS = 1
-_HEADS_OF_TWO_VECTORS = {
-    'deform_sdpa_fwd': 4,
-    'deform_sdpa_bwd': 2,
-    'deform_sdpa_bwd_fixed': 1,
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class SdpaTile:
     """Attributes:
     queries, heads: Of a tile, powers of two.
-    channels: That a lane holds of each row in one vector.
+    channels: Of a row of q that a lane loads at once. Those of k and v are loaded by
+        16 bytes whatever it is.
+    atomic: Numbers that one atomic adds.
     warps: num_warps.
     registers: Most of a lane; None leaves it to the compiler, which rather spills a
         few than gives up a step of occupancy.
@@ -33,13 +30,15 @@ class SdpaTile:
     queries: int
     heads: int
     channels: int
+    atomic: int
     warps: int
     registers: int | None
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, int | bool]:
         """Of a launch."""
-        options = dict(num_warps=self.warps, num_stages=1)
+        # The default up to Triton 3.9 only
+        options = dict(num_warps=self.warps, num_stages=1, enable_fp_fusion=True)
         if self.registers is not None:
             options['maxnreg'] = self.registers
         return options
@@ -62,19 +61,26 @@ def sdpa_tile(
     padded = pad_head_dim(head_dim)
     heads = min(8, 1 << (heads_per_unit - 1).bit_length())
     channels = 16 // dtype.itemsize
-    if op != 'deform_sdpa_fwd':
-        # Three tiles in registers. Heads come first: every block of heads gathers
-        # and scatters anew. With the most of them, lanes hold fewer channels.
-        # Atomics of one number (fixed point, old GPUs) take more registers.
-        most = 8 if op == 'deform_sdpa_bwd' and arch >= 90 else 4
+    is_fixed = op == 'deform_sdpa_bwd_fixed'
+    # Older GPUs have no atomic of several float32.
+    atomic = 4 if arch >= 90 and not is_fixed else 1
+    if op == 'deform_sdpa_fwd':
+        if padded > 32 * channels:
+            heads = min(heads, 4)
+        queries = 32 * WARPS * channels // padded
+    else:
+        # Heads come first: every block of heads gathers and scatters anew. What a
+        # lane holds of them and of the corners, two vectors of each or one beside the
+        # most heads, stays in registers; atomics of one number take more of those.
+        most = 8 if atomic == 4 else 4
         heads = min(heads, most if padded < 256 else 2)
-        if heads == most or (heads > 2 and padded > 32):
+        numbers = 8 if heads == most else 2 * channels
+        if is_fixed and padded == 256:  # else it spills
             channels = 4
-    if padded > 32 * channels:  # two vectors a lane of each row
-        heads = min(heads, _HEADS_OF_TWO_VECTORS[op])
-    queries = max(WARPS, 32 * WARPS * channels // padded)
-    registers = 255 if heads > 1 or op == 'deform_sdpa_bwd_fixed' else None
-    return SdpaTile(queries, heads, channels, WARPS, registers)
+        queries = 32 * WARPS * numbers // (2 * padded)
+    queries = max(WARPS, queries)
+    registers = 255 if heads > 1 or is_fixed else None
+    return SdpaTile(queries, heads, channels, atomic, WARPS, registers)
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class PointReport:
         queries, heads: Of a tile.
         map_loads: Loads from k and v a lane.
         load_bytes: Bytes of each.
+        other_loads: All other loads from global memory.
         atomics: Atomics to dk and dv a lane.
         atomic_bytes: Bytes of each.
         barriers: Barriers and accesses of shared memory.
@@ -46,6 +47,7 @@ class PointReport:
     heads: int
     map_loads: int
     load_bytes: int
+    other_loads: int
     atomics: int
     atomic_bytes: int
     barriers: int
@@ -107,6 +109,7 @@ def report_points(launch: aot.Launch, arch: int) -> PointReport:
         heads=heads,
         map_loads=wide[load_bytes],
         load_bytes=load_bytes,
+        other_loads=count('LDG') - wide[load_bytes],
         atomics=count('RED', 'ATOM'),
         atomic_bytes=next(size for text, size in widths.items() if text in atomic),
         barriers=count('BAR', 'LDS', 'STS', 'LDSM', 'STSM'),

@@ -15,6 +15,7 @@ from deform_gqa.ops.triton_backend.representative import (
     CLASSIFICATION,
     DETECTION,
     IN_BETWEEN,
+    TINY,
     attention,
     sampling,
 )
@@ -102,7 +103,7 @@ def test_deterministic_mode(dtype):
         check_resources(aot.report_launch(launch, 90))
 
 
-@pytest.mark.parametrize('maps', [CLASSIFICATION, IN_BETWEEN])
+@pytest.mark.parametrize('maps', [CLASSIFICATION, IN_BETWEEN, TINY])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize('arch', [80, 90])
 def test_finer_tables(arch, dtype, maps):

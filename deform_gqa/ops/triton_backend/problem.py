@@ -89,7 +89,7 @@ class Problem:
         # Tiles of keys hold as many columns of the table for each key.
         fewest_keys = 8 if op == 'deform_attn_dbias' or sizes.warps == 4 else 16
         window = self.window()
-        fewest_queries = 64 if window < MAX_WINDOW else 32
+        fewest_queries = 64 if window < MAX_WINDOW else 16
         while window > MIN_WINDOW:
             window //= 2
             if sizes.keys > fewest_keys:

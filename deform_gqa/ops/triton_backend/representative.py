@@ -28,6 +28,8 @@ DETECTION = Maps((200, 334), (25, 42), (111, 111))
 # Images of the size that the table was made for; it is as fine as the map.
 CLASSIFICATION = Maps((56, 56), (7, 7), (111, 111))
 IN_BETWEEN = Maps((100, 100), (13, 13), (111, 111))
+# Images much smaller than those: a query skips cells of the table.
+TINY = Maps((20, 20), (5, 5), (111, 111))
 KERNEL_SIZE = 7
 
 

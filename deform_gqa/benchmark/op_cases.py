@@ -62,7 +62,10 @@ def kv_head_counts(num_heads: int, choices: Iterable[str]) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class OpCase:
-    """One call of an op, without its backend."""
+    """One call of an op, without its backend.
+
+    The base of one class for each op, which defines what raises here.
+    """
 
     op: ClassVar[str]
 

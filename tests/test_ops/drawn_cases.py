@@ -35,7 +35,7 @@ def deform_attn_cases(draw, max_side: int = 19) -> DeformAttnCase:
 @st.composite
 def small_cases(draw) -> DeformAttnCase:
     groups = draw(st.sampled_from([1, 1, 2, 3]))
-    heads = groups * draw(st.integers(1, 2))
+    heads = groups * draw(st.integers(1, 4 if groups == 1 else 2))
     divisors = [h for h in range(1, heads + 1) if heads % h == 0]
     height, width = draw(st.integers(1, 9)), draw(st.integers(1, 19))
     table_size = draw(

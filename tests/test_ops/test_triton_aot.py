@@ -13,7 +13,6 @@ if os.environ.get('TRITON_INTERPRET') == '1':
 from deform_gqa.ops.triton_backend import aot
 from deform_gqa.ops.triton_backend.representative import (
     CLASSIFICATION,
-    DETECTION,
     IN_BETWEEN,
     TINY,
     attention,
@@ -66,8 +65,8 @@ def test_sampling_kernels(arch):
 
 @pytest.mark.parametrize(
     ('dtype', 'head_dim'),
-    [(torch.bfloat16, d) for d in (16, 128, 256)]
-    + [(torch.float32, d) for d in (16, 32, 64, 128, 256)],
+    [(torch.bfloat16, d) for d in (16, 24, 40, 128, 200, 256)]
+    + [(torch.float32, d) for d in (16, 32, 40, 64, 128, 256)],
 )
 @pytest.mark.parametrize('arch', [80, 90])
 def test_other_head_dims(arch, dtype, head_dim):
@@ -113,17 +112,21 @@ def test_finer_tables(arch, dtype, maps):
             check_resources(aot.report_launch(launch, arch))
 
 
-@pytest.mark.parametrize('maps', [DETECTION, CLASSIFICATION])
+@pytest.mark.parametrize(
+    'options', [dict(), dict(maps=CLASSIFICATION), dict(bias=False)]
+)
+@pytest.mark.parametrize('heads_per_kv', [3, 8])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize('arch', [80, 90])
-def test_stacked_heads(arch, dtype, maps):
-    """Stacking the heads of a kv head costs no instructions."""
-    options = dict(maps=maps, pos_in_range=False)
+def test_stacked_heads(arch, dtype, heads_per_kv, options):
+    """Stacking all heads of a kv head costs no instructions."""
+    options = dict(pos_in_range=False, **options)
     alone = attention(arch, 32, dtype, **options)
-    stacked = attention(arch, 32, dtype, heads_per_kv=4, **options)
+    stacked = attention(arch, 32, dtype, heads_per_kv=heads_per_kv, **options)
     for one, some in zip(alone, stacked, strict=True):
-        if some.arguments.get('HS', 1) == 1:
+        if 'HS' not in some.arguments:  # the key-parallel kernel walks over heads
             continue
+        assert some.arguments['HS'] == heads_per_kv
         one, some = aot.report_launch(one, arch), aot.report_launch(some, arch)
         check_resources(some)
         assert some.per_pair['all'] <= 1.05 * one.per_pair['all'], (one, some)

@@ -221,5 +221,5 @@ def report_launch(launch: Launch, arch: int) -> KernelReport:
     kernel = compile_launch(launch, arch)
     size = launch.arguments
     tiled = {'R', 'C', 'BN'} <= size.keys()
-    pairs = size.get('HS', 1) * size['R'] * size['C'] * size['BN'] if tiled else 1
+    pairs = size['R'] * size['C'] * size['BN'] if tiled else 1
     return inspect_cubin(launch.name, arch, kernel, pairs)

@@ -3,8 +3,8 @@
 Kernel notation, beside that of ``ops/naive.py``::
 
     R, C   rows and columns of the patch of queries that a program works on
-    HS     query heads stacked in a program, of one kv head and offset group
-    M      HS * R * C queries, head- and row-major      BN     keys of a tile
+    HS     query heads whose rows alternate, of one kv head and offset group
+    M      R * C queries, row-major      BN     keys of a tile
     CW     table columns that the patch can reach from one key (a power of two)
     t      a coordinate in table cells; start = floor(t of the patch's first query)
 
@@ -144,9 +144,9 @@ def blend_rows(b_cells, fraction, CW: tl.constexpr):
 
 
 @triton.jit
-def query_rows(first, height, HS: tl.constexpr, R: tl.constexpr):
-    """(HS * R,) rows of the patch; below the map they must not leave the table."""
-    return tl.minimum(first + tl.arange(0, HS * R) % R, height - 1).to(tl.float32)
+def query_rows(row0, height, HS: tl.constexpr, R: tl.constexpr):
+    """(R,) rows of the map; below it they must not leave the table."""
+    return tl.minimum((row0 + tl.arange(0, R)) // HS, height - 1).to(tl.float32)
 
 
 @triton.jit
@@ -179,11 +179,11 @@ def bias_product(
     HS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CW: tl.constexpr,
     IN_RANGE: tl.constexpr,
 ):  # fmt: skip
-    """(BN, C, HS * R) bias of the patch in the dtype of the table."""
+    """(BN, C, R) bias of the patch in the dtype of the table."""
     DTYPE: tl.constexpr = p_table.dtype.element_ty
     t = b_ty[:, None] + query_rows(row0, height, HS, R)[None, :] * step_y
     cell, fraction, _ = row_taps(t, table_h, IN_RANGE)
-    o_table = tl.arange(0, HS * R) // R * (4 * (table_h + 3))
+    o_table = (row0 + tl.arange(0, R)) % HS * (4 * (table_h + 3))
     rows = load_rows(p_table, b_corner, (o_table[None, :] + cell) * row_pitch, CW)
     rows = blend_rows(rows, fraction, CW)
     cols = both_rows(column_weights(b_u, step_x, C, CW, DTYPE), CW)

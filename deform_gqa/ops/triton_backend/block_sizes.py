@@ -36,7 +36,7 @@ class BlockSizes:
 _TABLE = {
     ('deform_attn_fwd', 2, True): {
         32: BlockSizes(256, 64, 8, 2),
-        64: BlockSizes(256, 64, 16, 1),
+        64: BlockSizes(256, 64, 8, 1),
         128: BlockSizes(128, 64, 8, 1),
         256: BlockSizes(64, 64, 8, 1),
     },
@@ -177,9 +177,9 @@ _TABLE = {
     },
     ('neighborhood_fwd', 4, True): {
         32: BlockSizes(64, 32, 4, 1),
-        64: BlockSizes(64, 64, 4, 1),
-        128: BlockSizes(64, 64, 4, 1),
-        256: BlockSizes(64, 64, 4, 1),
+        64: BlockSizes(128, 32, 8, 1),
+        128: BlockSizes(128, 32, 8, 1),
+        256: BlockSizes(128, 32, 8, 1),
     },
     ('neighborhood_dq', 4, True): {
         32: BlockSizes(64, 32, 4, 1),

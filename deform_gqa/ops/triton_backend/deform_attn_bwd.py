@@ -21,7 +21,7 @@ from .patches import (
     flat_patch,
     rows_window,
 )
-from .problem import Problem
+from .problem import Problem, vector
 
 # Programs that the key-parallel kernel aims at, by splitting the queries: some four
 # a multiprocessor of a large GPU. Each split costs one partial dk and dv.
@@ -93,9 +93,10 @@ def _backward_q(
         *out.stride(),
         *grad_q.stride()[:3],
         **problem.arguments(patch),
-        HS=patch.heads,
+        HS=problem.heads_sharing,
         BN=sizes.keys,
         NW=min(sizes.warps, sizes.keys),
+        Q_VEC=vector(q, grad_out, out),
         num_warps=sizes.warps,
         num_stages=sizes.stages,
     )
@@ -206,6 +207,7 @@ def _launch_kv(
         num_copies=1 if grad_table is None else grad_table.shape[0],
         BN=sizes.keys,
         NW=min(sizes.warps, sizes.keys),
+        Q_VEC=vector(q, grad_out),
         RW=rows_reached,
         FIXED=unit is not None,
         KEY_GRAD=key_grad,

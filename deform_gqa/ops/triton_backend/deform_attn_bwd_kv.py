@@ -40,6 +40,7 @@ from .tiles import (
     keep_scale,
     load_rows_of,
     patch_queries,
+    row_strides,
     store_rows_of,
 )
 
@@ -136,7 +137,12 @@ def deform_attn_dkdv_kernel(
     HAS_BIAS: tl.constexpr, IN_RANGE: tl.constexpr, DROPOUT: tl.constexpr,
     SCALE_Q: tl.constexpr, PART: tl.constexpr, FIXED: tl.constexpr,
     KEY_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
+    Q_VEC: tl.constexpr, KV_VEC: tl.constexpr,
 ):  # fmt: skip
+    q_b, q_h, q_n = row_strides(q_b, q_h, q_n, Q_VEC)
+    k_b, k_h, k_s = row_strides(k_b, k_h, k_s, KV_VEC)
+    v_b, v_h, v_s = row_strides(v_b, v_h, v_s, KV_VEC)
+    do_b, do_h, do_n = row_strides(do_b, do_h, do_n, Q_VEC)
     scale = scale_log2 * 0.6931471805599453
     num_tiles = tl.cdiv(num_keys, BN)
     i_tile = tl.program_id(0) % num_tiles

@@ -18,6 +18,7 @@ from .tiles import (
     load_rows_of,
     patch_queries,
     query_offsets,
+    row_strides,
     store_rows_of,
 )
 
@@ -38,13 +39,20 @@ def deform_attn_dq_kernel(
     BN: tl.constexpr, CW: tl.constexpr, NW: tl.constexpr,
     HAS_BIAS: tl.constexpr, IN_RANGE: tl.constexpr, DROPOUT: tl.constexpr,
     SCALE_Q: tl.constexpr, PART: tl.constexpr,
+    Q_VEC: tl.constexpr, KV_VEC: tl.constexpr,
 ):  # fmt: skip
-    M: tl.constexpr = HS * R * C
-    num_patches = tl.cdiv(height, R) * tl.cdiv(width, C)
+    q_b, q_h, q_n = row_strides(q_b, q_h, q_n, Q_VEC)
+    k_b, k_h, k_s = row_strides(k_b, k_h, k_s, KV_VEC)
+    v_b, v_h, v_s = row_strides(v_b, v_h, v_s, KV_VEC)
+    do_b, do_h, do_n = row_strides(do_b, do_h, do_n, Q_VEC)
+    out_b, out_h, out_n = row_strides(out_b, out_h, out_n, Q_VEC)
+    dq_b, dq_h, dq_n = row_strides(dq_b, dq_h, dq_n, D)
+    M: tl.constexpr = R * C
+    num_patches = tl.cdiv(height * HS, R) * tl.cdiv(width, C)
     i_bs = tl.program_id(0) // num_patches
     i_b = (i_bs // (num_heads // HS)).to(tl.int64)
     i_h = (i_bs % (num_heads // HS)).to(tl.int64) * HS
-    row0, col0, i_stack, o_m, m_m = patch_queries(
+    row0, col0, i_in_stack, o_m, m_m = patch_queries(
         tl.program_id(0) % num_patches, height, width, HS, R, C
     )
     i_kv = i_h // heads_per_kv
@@ -52,9 +60,8 @@ def deform_attn_dq_kernel(
     p_v += i_b * v_b + i_kv * v_h
     p_q += i_b * q_b + i_h * q_h
     p_do += i_b * do_b + i_h * do_h
-    o_m = o_m.to(tl.int32)  # kept for the end: 32 bits take fewer registers
-    o_q = query_offsets(i_stack, o_m, q_h, q_n)
-    o_do = query_offsets(i_stack, o_m, do_h, do_n)
+    o_q = query_offsets(i_in_stack, o_m, q_h, q_n)
+    o_do = query_offsets(i_in_stack, o_m, do_h, do_n)
     if HAS_BIAS:
         i_bg = i_b * (num_heads // heads_per_group) + i_h // heads_per_group
         p_taps += i_bg * tl.cdiv(num_keys, BN) * (2 * BN)
@@ -65,11 +72,13 @@ def deform_attn_dq_kernel(
     if SCALE_Q:
         b_q = (b_q * q_factor).to(b_q.dtype)
     o_row0 = (i_b * num_heads + i_h) * height * width
-    o_row = i_stack * height * width + o_m
+    # All that the end needs to know of the queries, as registers are scarce.
+    num_queries = height * width
+    o_row = (i_in_stack * num_queries + o_m).to(tl.int32)
     # (M, DP)
     b_do = load_rows_of(p_do, o_do, 1, do_d, m_m, D, DP)
     p_out += i_b * out_b + i_h * out_h
-    o_out = query_offsets(i_stack, o_m, out_h, out_n)
+    o_out = query_offsets(i_in_stack, o_m, out_h, out_n)
     b_out = load_rows_of(p_out, o_out, 1, out_d, m_m, D, DP)
     delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
     tl.store(p_delta + o_row0 + o_row, delta, mask=m_m)
@@ -92,7 +101,7 @@ def deform_attn_dq_kernel(
                 p_table, b_ty, b_corner, b_u, row0, height, table_h, row_pitch,
                 step_y, step_x, HS, R, C, CW, IN_RANGE,
             )  # fmt: skip
-            bias = as_patch(bias, HS * R, C, BN, NW).to(tl.float32)
+            bias = as_patch(bias, R, C, BN, NW).to(tl.float32)
         else:
             bias = tl.zeros([M, BN], tl.float32)
         if PART == DP:
@@ -119,5 +128,5 @@ def deform_attn_dq_kernel(
 
     acc *= scale_log2 * q_factor * 0.6931471805599453
     p_dq += i_b * dq_b + i_h * dq_h
-    o_dq = query_offsets(i_stack, o_m, dq_h, dq_n)
+    o_dq = query_offsets(o_row // num_queries, o_row % num_queries, dq_h, dq_n)
     store_rows_of(p_dq, acc, o_dq, 1, m_m, D, DP)

@@ -4,9 +4,13 @@ One program works on a patch of R x C queries of one head and walks over the key
 tiles of BN. The bias of a tile comes from ``bias_tile.py`` and is the initial value
 of the accumulator of q k^T, so adding it is free; the table is packed divided by the
 scale of the logits to that end. exp is exp2 and the scale is folded into its
-argument. Query heads of a kv head are stacked into one tile, whose K, V and column
-weights they share, in patches so much smaller: these waste less of a map's borders, and
-small maps fill the tile. On large maps the instructions and loads of a pair stay.
+argument.
+
+The query heads of a kv head are stacked: the rows of their maps make one list, in which
+the heads alternate, and a patch is R rows of that list. So K and V are loaded and
+column weights computed once for the group, whatever its size, and the list wastes less
+at its end than every map would. A kv head that serves several offset groups has one
+list for each, as their positions differ.
 """
 
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor
 from ..layout import empty_tokens_like
 from .bias_tile import as_patch, bias_product, load_taps
 from .device import on_device_of_first_tensor
-from .problem import Problem
+from .problem import Problem, vector
 from .tiles import (
     dot,
     dot_in_parts,
@@ -26,6 +30,7 @@ from .tiles import (
     load_rows_of,
     patch_queries,
     query_offsets,
+    row_strides,
     store_rows_of,
 )
 
@@ -54,13 +59,18 @@ def deform_attn_fwd_kernel(
     BN: tl.constexpr, CW: tl.constexpr, NW: tl.constexpr,
     HAS_BIAS: tl.constexpr, IN_RANGE: tl.constexpr, DROPOUT: tl.constexpr,
     SCALE_Q: tl.constexpr, PART: tl.constexpr,
+    Q_VEC: tl.constexpr, KV_VEC: tl.constexpr,
 ):  # fmt: skip
-    M: tl.constexpr = HS * R * C
-    num_patches = tl.cdiv(height, R) * tl.cdiv(width, C)
+    q_b, q_h, q_n = row_strides(q_b, q_h, q_n, Q_VEC)
+    k_b, k_h, k_s = row_strides(k_b, k_h, k_s, KV_VEC)
+    v_b, v_h, v_s = row_strides(v_b, v_h, v_s, KV_VEC)
+    out_b, out_h, out_n = row_strides(out_b, out_h, out_n, D)
+    M: tl.constexpr = R * C
+    num_patches = tl.cdiv(height * HS, R) * tl.cdiv(width, C)
     i_bs = tl.program_id(0) // num_patches
     i_b = (i_bs // (num_heads // HS)).to(tl.int64)
     i_h = (i_bs % (num_heads // HS)).to(tl.int64) * HS
-    row0, col0, i_stack, o_m, m_m = patch_queries(
+    row0, col0, i_in_stack, o_m, m_m = patch_queries(
         tl.program_id(0) % num_patches, height, width, HS, R, C
     )
     i_kv = i_h // heads_per_kv
@@ -72,8 +82,7 @@ def deform_attn_fwd_kernel(
         p_table += i_h * (4 * 8 * (table_h + 3)) * row_pitch
 
     p_q += i_b * q_b + i_h * q_h
-    o_m = o_m.to(tl.int32)  # kept for the end: 32 bits take fewer registers
-    o_q = query_offsets(i_stack, o_m, q_h, q_n)
+    o_q = query_offsets(i_in_stack, o_m, q_h, q_n)
     # (M, DP)
     b_q = load_rows_of(p_q, o_q, 1, q_d, m_m, D, DP)
     if SCALE_Q:
@@ -82,7 +91,9 @@ def deform_attn_fwd_kernel(
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DP], tl.float32)
     o_row0 = (i_b * num_heads + i_h) * height * width
-    o_row = i_stack * height * width + o_m
+    # All that the end needs to know of the queries, as registers are scarce.
+    num_queries = height * width
+    o_row = (i_in_stack * num_queries + o_m).to(tl.int32)
 
     for s0 in range(0, num_keys, BN):
         o_s = s0 + tl.arange(0, BN)
@@ -97,7 +108,7 @@ def deform_attn_fwd_kernel(
                 p_table, b_ty, b_corner, b_u, row0, height, table_h, row_pitch,
                 step_y, step_x, HS, R, C, CW, IN_RANGE,
             )  # fmt: skip
-            bias = as_patch(bias, HS * R, C, BN, NW).to(tl.float32)
+            bias = as_patch(bias, R, C, BN, NW).to(tl.float32)
         else:
             bias = tl.zeros([M, BN], tl.float32)
         if PART == DP:
@@ -123,7 +134,7 @@ def deform_attn_fwd_kernel(
 
     acc = acc / total[:, None]
     p_out += i_b * out_b + i_h * out_h
-    o_out = query_offsets(i_stack, o_m, out_h, out_n)
+    o_out = query_offsets(o_row // num_queries, o_row % num_queries, out_h, out_n)
     store_rows_of(p_out, acc, o_out, 1, m_m, D, DP)
     # (peak * scale_log2 + log2(total)) * ln(2)
     lse = (peak * scale_log2 + tl.log2(total)) * 0.6931471805599453
@@ -165,9 +176,10 @@ def deform_attn_forward(
         *problem.input_strides(),
         *out.stride()[:3],
         **problem.arguments(patch),
-        HS=patch.heads,
+        HS=problem.heads_sharing,
         BN=sizes.keys,
         NW=min(sizes.warps, sizes.keys),
+        Q_VEC=vector(q),
         num_warps=sizes.warps,
         num_stages=sizes.stages,
     )

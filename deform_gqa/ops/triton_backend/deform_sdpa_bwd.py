@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import on_device_of_first_tensor
 from .fixed_point import fixed_point_unit
 from .sdpa_points import (
     axis_pixels,
@@ -299,6 +300,7 @@ def deform_sdpa_bwd_kernel(
         store_heads(p_dq, accs[i_r] * scale, o_row, m_row, D, DP, VEC)
 
 
+@on_device_of_first_tensor
 def deform_sdpa_backward(
     grad_out: Tensor,
     out: Tensor,

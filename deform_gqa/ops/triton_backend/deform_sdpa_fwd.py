@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import on_device_of_first_tensor
 from .sdpa_points import (
     axis_pixels,
     blend,
@@ -106,6 +107,7 @@ def deform_sdpa_fwd_kernel(
     tl.store(p_lse + o_row, lse, mask=m_row)
 
 
+@on_device_of_first_tensor
 def deform_sdpa_forward(
     q: Tensor,
     k: Tensor,

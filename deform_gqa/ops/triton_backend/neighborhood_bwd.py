@@ -11,6 +11,7 @@ from .device import on_device_of_first_tensor
 from .neighborhood_bwd_kv import neighborhood_dkdv_kernel
 from .neighborhood_bwd_q import neighborhood_dq_kernel
 from .neighborhood_problem import NeighborhoodProblem
+from .problem import vector
 
 # Programs that the key-parallel kernel aims at, by splitting the query heads of a kv
 # head: some four a multiprocessor of a large GPU. Each split costs a partial dk, dv.
@@ -93,6 +94,7 @@ def _backward_q(
             *grad_q.stride()[:3],
             **problem.arguments(tile),
             **launch,
+            Q_VEC=vector(q, grad_out, out),
             NB=max(16, 1 << (side - 1).bit_length()),
             num_warps=sizes.warps,
             num_stages=sizes.stages,
@@ -129,6 +131,7 @@ def _backward_kv(
             *grad_out.stride(),
             **problem.arguments(tile),
             **dims,
+            Q_VEC=vector(q, grad_out),
             num_splits=splits,
             num_warps=sizes.warps,
             num_stages=sizes.stages,

@@ -25,7 +25,14 @@ from .neighborhood_tiles import (
     walk_offsets,
     window_start,
 )
-from .tiles import dot, dot_in_parts, keep_scale, load_rows_of, store_rows_of
+from .tiles import (
+    dot,
+    dot_in_parts,
+    keep_scale,
+    load_rows_of,
+    row_strides,
+    store_rows_of,
+)
 
 
 @triton.jit
@@ -126,7 +133,12 @@ def neighborhood_dkdv_kernel(
     D: tl.constexpr, DP: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, WC: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SCALE_Q: tl.constexpr,
+    Q_VEC: tl.constexpr, KV_VEC: tl.constexpr,
 ):  # fmt: skip
+    q_b, q_h, q_n = row_strides(q_b, q_h, q_n, Q_VEC)
+    k_b, k_h, k_n = row_strides(k_b, k_h, k_n, KV_VEC)
+    v_b, v_h, v_n = row_strides(v_b, v_h, v_n, KV_VEC)
+    do_b, do_h, do_n = row_strides(do_b, do_h, do_n, Q_VEC)
     num_places = height * width.to(tl.int64)
     num_kv = num_heads // heads_per_kv
     i_split = (tl.program_id(0) // num_patches) % num_splits

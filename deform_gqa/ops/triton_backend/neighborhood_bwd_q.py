@@ -32,6 +32,7 @@ from .tiles import (
     keep_scale,
     load_columns_of,
     load_rows_of,
+    row_strides,
     split_tf32,
     store_rows_of,
 )
@@ -192,7 +193,14 @@ def neighborhood_dq_kernel(
     BN: tl.constexpr, WC: tl.constexpr, NB: tl.constexpr,
     HAS_BIAS: tl.constexpr, QUERY_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
     DROPOUT: tl.constexpr, SCALE_Q: tl.constexpr,
+    Q_VEC: tl.constexpr, KV_VEC: tl.constexpr,
 ):  # fmt: skip
+    q_b, q_h, q_n = row_strides(q_b, q_h, q_n, Q_VEC)
+    k_b, k_h, k_n = row_strides(k_b, k_h, k_n, KV_VEC)
+    v_b, v_h, v_n = row_strides(v_b, v_h, v_n, KV_VEC)
+    out_b, out_h, out_n = row_strides(out_b, out_h, out_n, Q_VEC)
+    do_b, do_h, do_n = row_strides(do_b, do_h, do_n, Q_VEC)
+    dq_b, dq_h, dq_n = row_strides(dq_b, dq_h, dq_n, D)
     num_places = height * width.to(tl.int64)
     i_bh = tl.program_id(0) // num_patches
     i_b, i_h = (i_bh // num_heads).to(tl.int64), (i_bh % num_heads).to(tl.int64)

@@ -28,12 +28,14 @@ from .neighborhood_tiles import (
     walk_offsets,
     window_start,
 )
+from .problem import vector
 from .tiles import (
     dot,
     dot_in_parts,
     keep_scale,
     load_columns_of,
     load_rows_of,
+    row_strides,
     store_rows_of,
 )
 
@@ -107,7 +109,12 @@ def neighborhood_fwd_kernel(
     D: tl.constexpr, DP: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, WC: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SCALE_Q: tl.constexpr,
+    Q_VEC: tl.constexpr, KV_VEC: tl.constexpr,
 ):  # fmt: skip
+    q_b, q_h, q_n = row_strides(q_b, q_h, q_n, Q_VEC)
+    k_b, k_h, k_n = row_strides(k_b, k_h, k_n, KV_VEC)
+    v_b, v_h, v_n = row_strides(v_b, v_h, v_n, KV_VEC)
+    out_b, out_h, out_n = row_strides(out_b, out_h, out_n, D)
     num_places = height * width.to(tl.int64)
     i_bh = tl.program_id(0) // num_patches
     i_b, i_h = (i_bh // num_heads).to(tl.int64), (i_bh % num_heads).to(tl.int64)
@@ -196,6 +203,7 @@ def neighborhood_attn_forward(
             *out.stride()[:3],
             **problem.arguments(tile),
             **dims,
+            Q_VEC=vector(q),
             num_warps=sizes.warps,
             num_stages=sizes.stages,
         )

@@ -8,7 +8,7 @@ from . import problem
 from .block_sizes import BlockSizes, dot_part, pad_head_dim
 from .neighborhood_patches import NeighborhoodTile, choose_tile
 from .neighborhood_table import neighborhood_table
-from .problem import LOG2_E, split_scale
+from .problem import LOG2_E, split_scale, vector
 
 
 @dataclasses.dataclass
@@ -45,17 +45,17 @@ class NeighborhoodProblem:
         ]
 
     def sizes(self, op: str) -> BlockSizes:
-        """Smaller where masks or random numbers would not fit into registers."""
+        """Smaller where the random numbers of dropout would not fit into registers."""
         arch = problem.architecture(self.q.device)
         sizes = problem.block_sizes(op, self.head_dim, self.q.dtype, arch)
-        if self.head_dim == pad_head_dim(self.head_dim) and self.dropout_p == 0:
+        if self.dropout_p == 0:
             return sizes
         queries = sizes.queries // 2 if op == 'neighborhood_dkdv' else sizes.queries
         return dataclasses.replace(
             sizes,
             queries=max(16, queries),
             keys=max(16, sizes.keys // 2),
-            warps=2 * sizes.warps,
+            warps=8,
         )
 
     def tile(self, owned: int, walked: int, row_pairs: int = 1) -> NeighborhoodTile:
@@ -101,6 +101,7 @@ class NeighborhoodProblem:
             HAS_BIAS=self.rpb is not None,
             DROPOUT=self.dropout_p > 0,
             SCALE_Q=self.q_factor != 1.0,
+            KV_VEC=vector(self.k, self.v),
             # The default up to Triton 3.9 only.
             enable_fp_fusion=True,
         )

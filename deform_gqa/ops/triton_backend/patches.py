@@ -28,15 +28,11 @@ def axis_of(size: int, table_size: int) -> Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
-    """rows x cols queries; they reach ``window`` table columns from one key.
-
-    A tile holds those of ``heads`` query heads that share keys and positions.
-    """
+    """rows x cols queries; they reach ``window`` table columns from one key."""
 
     rows: int
     cols: int
     window: int
-    heads: int = 1
 
 
 def window_of(step: float, count: int) -> int:
@@ -45,18 +41,11 @@ def window_of(step: float, count: int) -> int:
     return max(MIN_WINDOW, 1 << (cells - 1).bit_length())
 
 
-def stacks(heads: int, most: int) -> list[int]:
-    """Powers of two, at most ``most``, that divide a number of heads."""
-    return [1 << i for i in range(most.bit_length()) if heads % (1 << i) == 0]
-
-
-def choose_patch(
-    most: int, height: int, width: int, step_x: float, heads: int = 1
-) -> Patch:
+def choose_patch(most: int, height: int, width: int, step_x: float) -> Patch:
     """The cheapest patch of at most ``most`` queries: padding counts, tiles too.
 
     Args:
-        heads: Query heads that may be stacked.
+        height: Rows of the map, times the heads that are stacked.
     """
 
     def cost(patch: Patch) -> float:
@@ -66,17 +55,16 @@ def choose_patch(
         )
         return padded * (
             COST
-            + COST_COLUMNS * patch.window / (patch.rows * patch.heads)
+            + COST_COLUMNS * patch.window / patch.rows
             + COST_ROWS * patch.window / patch.cols
-            + COST_TILE / (queries * patch.heads)
+            + COST_TILE / queries
         )
 
     candidates = [
-        Patch(rows, cols, window_of(step_x, cols), stack)
-        for stack in stacks(heads, most)
+        Patch(rows, cols, window_of(step_x, cols))
         for rows in (8, 16, 32)
         for cols in (1, 2, 4, 8, 16, 32, 64)
-        if 16 <= stack * rows * cols <= most
+        if 16 <= rows * cols <= most
     ]
     candidates = [p for p in candidates if p.window <= MAX_WINDOW]
     return min(candidates, key=cost)
@@ -109,7 +97,6 @@ def rows_window(step_y: float, rows: int) -> int:
     return window_of(step_y, rows)
 
 
-def flat_patch(most: int, num_queries: int, heads: int = 1) -> Patch:
-    """Without a bias the map is one long row."""
-    cols = min(most, max(16, 1 << (num_queries - 1).bit_length()))
-    return Patch(1, cols, 0, stacks(heads, most // cols)[-1])
+def flat_patch(most: int, num_queries: int) -> Patch:
+    """Without a bias the map is one column of all queries."""
+    return Patch(min(most, max(16, 1 << (num_queries - 1).bit_length())), 1, 0)

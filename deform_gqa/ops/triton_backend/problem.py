@@ -42,6 +42,15 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def vector(*tensors: Tensor) -> int:
+    """Longest vector, in elements, at whose multiples all rows (..., D) begin.
+
+    At most 16 bytes; 1 where D is not contiguous.
+    """
+    strides = (stride for x in tensors for stride in x.stride()[:-1])
+    return math.gcd(16 // tensors[0].element_size(), *strides)
+
+
 def split_scale(scale: float) -> tuple[float, float]:
     """(factor of q, positive factor of the logits); the former is 1 as a rule."""
     positive = max(abs(scale), MIN_SCALE)
@@ -68,9 +77,13 @@ class Problem:
         self.kv_heads, self.keys = self.k.shape[1:3]
         self.arch = architecture(self.q.device)
         self.has_bias = self.rpb_table is not None
+        self.groups = self.pos.shape[1] if self.has_bias else 1
+        # Query heads with keys and positions in common.
+        self.heads_sharing = math.gcd(
+            self.heads // self.kv_heads, self.heads // self.groups
+        )
         self.q_factor, self.scale = split_scale(self.scale)
         if self.has_bias:
-            self.groups = self.pos.shape[1]
             self.map_size = self.grid_size
             self.table_size = tuple(self.rpb_table.shape[1:])
             self.axis_y, self.axis_x = (
@@ -78,8 +91,7 @@ class Problem:
                 for sizes in zip(self.grid_size, self.table_size, strict=True)
             )
         else:
-            self.groups = 1
-            self.map_size = (1, self.queries)
+            self.map_size = (self.queries, 1)
             self.table_size = (1, 1)
             self.axis_y = self.axis_x = Axis(0.0, 0.0, 0.0)
 
@@ -101,8 +113,10 @@ class Problem:
         sizes = dataclasses.replace(sizes, stages=1)
         if sizes.keys > 16:
             return dataclasses.replace(sizes, keys=sizes.keys // 2)
-        if sizes.queries == 64:  # more queries have registers left
-            return dataclasses.replace(sizes, queries=32, warps=8)
+        # Tiles of more queries have registers left, unless head dimensions are large.
+        is_large = op == 'deform_attn_dq' and self.head_dim > 64
+        if sizes.queries == 64 or (sizes.queries == 128 and is_large):
+            sizes = dataclasses.replace(sizes, queries=sizes.queries // 2, warps=8)
         return sizes
 
     def window(self) -> int:
@@ -120,11 +134,12 @@ class Problem:
         return fits and not self.has_fine_table() and self.dropout_p == 0
 
     def patch(self, sizes: BlockSizes) -> Patch:
-        """Of a kernel whose programs walk over keys; heads of one unit are stacked."""
-        heads = math.gcd(self.heads // self.kv_heads, self.heads // self.groups)
+        """Of a kernel whose programs walk over keys: of the rows of stacked heads."""
+        height, width = self.map_size
+        height *= self.heads_sharing
         if not self.has_bias:
-            return flat_patch(sizes.queries, self.queries, heads)
-        return choose_patch(sizes.queries, *self.map_size, self.axis_x.step, heads)
+            return flat_patch(sizes.queries, height)
+        return choose_patch(sizes.queries, height, width, self.axis_x.step)
 
     def packed_table(self, patch: Patch) -> Tensor | None:
         """In float16 beside 16-bit q: its 11 bits lose less than a bfloat16 bias."""
@@ -138,13 +153,15 @@ class Problem:
             return None
         return key_taps(self.pos, self.axis_y, self.axis_x, sizes.keys)
 
-    def num_patches(self, patch: Patch) -> int:
+    def num_patches(self, patch: Patch, heads: int = 1) -> int:
+        """Patches of the rows of so many stacked heads."""
         height, width = self.map_size
-        return math.ceil(height / patch.rows) * math.ceil(width / patch.cols)
+        return math.ceil(height * heads / patch.rows) * math.ceil(width / patch.cols)
 
     def grid(self, patch: Patch) -> tuple[int]:
         """Programs of such a kernel."""
-        return (self.num_patches(patch) * self.batch * (self.heads // patch.heads),)
+        heads = self.heads_sharing
+        return (self.batch * self.heads // heads * self.num_patches(patch, heads),)
 
     def input_strides(self) -> tuple[int, ...]:
         return *self.q.stride(), *self.k.stride(), *self.v.stride()
@@ -180,6 +197,7 @@ class Problem:
             IN_RANGE=self.pos_in_range,
             DROPOUT=self.dropout_p > 0,
             SCALE_Q=self.q_factor != 1.0,
+            KV_VEC=vector(self.k, self.v),
             # The default up to Triton 3.9 only.
             enable_fp_fusion=True,
             # Or the compiler spills a few registers for a step of occupancy.

@@ -8,25 +8,36 @@ import triton.language as tl
 def patch_queries(
     i_patch, height, width, HS: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):
-    """First row and column of a patch; of its HS stacked heads the (M,) queries.
+    """Place of a patch of HS stacked heads, whose rows of the map alternate.
 
     Returns:
-        row0, col0, and (M,) each: the head in the stack, the query, and whether that
-        is on the map.
+        First row of the stack, first column, and (M,) each: the head in the stack,
+        the query, and whether that is on the map.
     """
     per_row = tl.cdiv(width, C)
     row0 = (i_patch // per_row) * R
     col0 = (i_patch % per_row) * C
-    m = tl.arange(0, HS * R * C)
-    row, col = row0 + m // C % R, col0 + m % C
-    o_m = row.to(tl.int64) * width + col
-    return row0, col0, m // (R * C), o_m, (row < height) & (col < width)
+    m = tl.arange(0, R * C)
+    i_row, col = row0 + m // C, col0 + m % C
+    row = i_row // HS
+    o_m = (row * width + col).to(tl.int64)
+    return row0, col0, i_row % HS, o_m, (row < height) & (col < width)
 
 
 @triton.jit
-def query_offsets(i_stack, o_m, stride_head, stride_query):
+def row_strides(stride_b, stride_h, stride_n, VEC: tl.constexpr):
+    """The strides, known to the compiler as the multiples of VEC that they are.
+
+    By itself it sees multiples of 16 alone, and would load the rows of a head
+    dimension of 24 or 40 element by element.
+    """
+    return stride_b // VEC * VEC, stride_h // VEC * VEC, stride_n // VEC * VEC
+
+
+@triton.jit
+def query_offsets(i_in_stack, o_m, stride_head, stride_query):
     """(M,) offsets of the queries of stacked heads."""
-    return i_stack.to(tl.int64) * stride_head + o_m.to(tl.int64) * stride_query
+    return i_in_stack.to(tl.int64) * stride_head + o_m.to(tl.int64) * stride_query
 
 
 @triton.jit
@@ -35,7 +46,7 @@ def load_rows_of(
 ):
     """(rows, DP) of a matrix, zero outside."""
     o_d = tl.arange(0, DP)
-    p = p + o_row[:, None] * stride_row + o_d[None, :] * stride_d
+    p = p + o_row[:, None] * stride_row + o_d.to(tl.int64)[None, :] * stride_d
     mask = m_row[:, None]
     if D != DP:
         mask = mask & (o_d < D)[None, :]
@@ -48,7 +59,7 @@ def load_columns_of(
 ):
     """(DP, columns): the transposed matrix, zero outside."""
     o_d = tl.arange(0, DP)
-    p = p + o_d[:, None] * stride_d + o_col[None, :] * stride_col
+    p = p + o_d.to(tl.int64)[:, None] * stride_d + o_col[None, :] * stride_col
     mask = m_col[None, :]
     if D != DP:
         mask = mask & (o_d < D)[:, None]
@@ -102,7 +113,7 @@ def dot_in_parts(
     For head dimensions of which a whole tile would not fit into the registers; these
     are no constant here, or the loop would be unrolled and that be lost again.
     """
-    o_d = tl.arange(0, PART)
+    o_d = tl.arange(0, PART).to(tl.int64)
     p_a = p_a + o_a[:, None] * stride_a + o_d[None, :] * stride_ad
     p_b = p_b + o_b[:, None] * stride_b + o_d[None, :] * stride_bd
     for d0 in range(0, head_dim, PART):

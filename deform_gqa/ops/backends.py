@@ -14,12 +14,15 @@ BACKENDS = ('auto', 'naive', 'torch', 'triton')
 TRITON_OPS = frozenset(
     {'deform_attn', 'deform_sample', 'deform_sdpa', 'neighborhood_attn'}
 )
+OPS = TRITON_OPS | {'scaled_dot_product_gqa'}
 # Most (query, key, head) weights of a call for which materialising them is the fastest
 # on a CPU: tiles have fixed costs. Measured; the first bound is for calls that keep
 # what backward needs.
 NAIVE_WEIGHTS = {True: 2**20, False: 3 * 2**17}
 TRITON_HEAD_DIMS = range(8, 257)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# GPUs before Ampere have too little shared memory for the kernels.
+TRITON_CAPABILITY = (8, 0)
 
 
 @functools.cache
@@ -29,6 +32,28 @@ def _triton_installed() -> bool:
 
 def _triton_interpreted() -> bool:
     return os.environ.get('TRITON_INTERPRET', '0') == '1'
+
+
+def _device_reason(device: torch.device) -> str | None:
+    """Why Triton kernels do not run on this device, or None."""
+    if device.type != 'cuda':
+        return f'Triton kernels run on CUDA devices, the tensors are on {device}'
+    if not torch.cuda.is_available():
+        return None  # fake tensors of a GPU that is not there
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # torch keeps these; of the functions that tell, this one is known to torch.compile.
+    properties = torch.cuda.get_device_properties(index)
+    capability = properties.major, properties.minor
+    if capability < TRITON_CAPABILITY:
+        return (
+            f'Triton kernels need compute capability {_version(TRITON_CAPABILITY)} or '
+            f'higher, got {_version(capability)}'
+        )
+    return None
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return f'{capability[0]}.{capability[1]}'
 
 
 def unsupported_reason(
@@ -47,15 +72,23 @@ def unsupported_reason(
         device: Device of the tensors.
         dtype: dtype of q (of x for ``deform_sample``).
         head_dim: Head dimension D, where the op has one.
+
+    Raises:
+        ValueError: If there is no such op or backend.
     """
+    if op not in OPS:
+        raise ValueError(f'op must be one of {tuple(sorted(OPS))}, got {op!r}')
+    if backend not in BACKENDS[1:]:
+        raise ValueError(f'backend must be one of {BACKENDS[1:]}, got {backend!r}')
     if backend != 'triton':
         return None  # plain torch: every device, dtype and shape
     if op not in TRITON_OPS:
         return f'{op} has no Triton kernel'
     if not _triton_installed():
         return 'the package triton is not installed'
-    if device.type != 'cuda' and not _triton_interpreted():
-        return f'Triton kernels run on CUDA devices, the tensors are on {device}'
+    reason = None if _triton_interpreted() else _device_reason(device)
+    if reason is not None:
+        return reason
     if dtype not in TRITON_DTYPES:
         return f'Triton kernels take {TRITON_DTYPES}, got {dtype}'
     if head_dim is not None and head_dim not in TRITON_HEAD_DIMS:
@@ -87,7 +120,8 @@ def choose_backend(op: str, backend: str, *, weights: int | None = None, **call)
         reason = unsupported_reason(op, 'triton', **call)
         if reason is None:
             return 'triton'
-        _log_once(f"{op}: backend 'torch' instead of 'triton': {reason}")
+        if not torch.compiler.is_compiling():  # logging would break the graph
+            _log_once(f"{op}: backend 'torch' instead of 'triton': {reason}")
         return 'torch'
     reason = unsupported_reason(op, backend, **call)
     if reason is not None:

@@ -1,12 +1,17 @@
 """Argument checks shared by the ops: they run before any work starts."""
 
 import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Also what torch.compile uses for numbers that change.
+INTEGERS = (numbers.Integral, torch.SymInt)
+NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
 
 
 def check_tensor(name: str, x: Tensor, shape: str) -> None:
@@ -47,30 +52,70 @@ def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
         )
 
 
-def check_grid_size(grid_size: Sequence[int], num_queries: int) -> tuple[int, int]:
-    """(H, W) of positive ints with H * W == num_queries."""
+def check_integer(name: str, value: Any) -> None:
+    """An int."""
+    # torch.jit.trace, which counts FLOPs in OpenMMLab, makes tensors of all sizes.
+    if not isinstance(value, INTEGERS) and not torch.jit.is_tracing():
+        raise TypeError(f'{name} must be an int, got {_describe(value)}')
+
+
+def check_number(name: str, value: Any) -> None:
+    """An int or a float: not a tensor, whose gradient would be lost."""
+    if not isinstance(value, NUMBERS):
+        raise TypeError(f'{name} must be an int or a float, got {_describe(value)}')
+
+
+def _describe(value: Any) -> str:
+    return f'{value!r} of type {type(value).__name__}'
+
+
+def check_grid_size(
+    grid_size: Sequence[int], num_places: int, places: str = 'queries of q'
+) -> tuple[int, int]:
+    """(H, W) of positive ints with H * W == num_places; ``places`` says which."""
+    if not isinstance(grid_size, Sequence):
+        raise TypeError(f'grid_size must be (H, W), got {_describe(grid_size)}')
     if len(grid_size) != 2:
         raise ValueError(f'grid_size must be (H, W), got {tuple(grid_size)}')
     height, width = grid_size
-    if height < 1 or width < 1 or height * width != num_queries:
+    for name, side in (('grid_size[0]', height), ('grid_size[1]', width)):
+        check_integer(name, side)
+    if height < 1 or width < 1 or height * width != num_places:
         raise ValueError(
-            f'grid_size {(height, width)} does not hold the {num_queries} queries of q'
+            f'grid_size {(height, width)} does not hold the {num_places} {places}'
         )
     return height, width
 
 
-def check_dropout(dropout_p: float) -> None:
+def check_dropout(dropout_p: float, name: str = 'dropout_p') -> None:
+    check_number(name, dropout_p)
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f'dropout_p must be in [0, 1), got {dropout_p}')
+        raise ValueError(f'{name} must be in [0, 1), got {dropout_p}')
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
     """The given scale, or 1 / sqrt(head_dim)."""
     if scale is None:
         return head_dim**-0.5
+    check_number('scale', scale)
     if not math.isfinite(scale):
         raise ValueError(f'scale must be finite, got {scale}')
     return float(scale)
+
+
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Each kv head serves as many query heads, one at least."""
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f'the {heads} query heads must be a positive multiple of the kv heads, '
+            f'got {kv_heads}'
+        )
+
+
+def check_channels(name: str, x: Tensor) -> None:
+    """The last dimension of ``x``, its channels, is not empty."""
+    if x.shape[-1] == 0:
+        raise ValueError(f'{name} must have channels (D >= 1), got {tuple(x.shape)}')
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -78,17 +123,14 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_tensor('q', q, 'B Hq N D')
     check_tensor('k', k, 'B Hkv S D')
     check_tensor('v', v, 'B Hkv S D')
+    check_channels('q', q)
     batch, heads, _, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     check_shape('k', k, (batch, num_kv_heads, num_keys, head_dim), '(B, Hkv, S, D)')
     check_shape('v', v, k.shape, '(B, Hkv, S, D)')
     check_same('k', k, 'q', q)
     check_same('v', v, 'q', q)
-    if num_kv_heads == 0 or heads % num_kv_heads:
-        raise ValueError(
-            f'the {heads} query heads must be a multiple of the kv heads, '
-            f'got {num_kv_heads}'
-        )
+    check_heads(heads, num_kv_heads)
     if num_keys == 0:
         raise ValueError('k and v hold no keys (S == 0)')
 
@@ -100,11 +142,16 @@ def check_pos(pos: Tensor, batch: int, like: Tensor) -> None:
         raise ValueError(
             f'pos must have shape (B, G, S, 2) with B = {batch}, got {tuple(pos.shape)}'
         )
+    check_coordinate_dtype('pos', pos, like)
+
+
+def check_coordinate_dtype(name: str, x: Tensor, like: Tensor) -> None:
+    """Coordinates are float64 when ``like`` is float64, else float32."""
     wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if pos.dtype != wanted:
+    if x.dtype != wanted:
         raise TypeError(
-            f'pos must be {wanted} beside {like.dtype} inputs (bf16 positions are off '
-            f'by up to a third of a pixel), got {pos.dtype}'
+            f'{name} must be {wanted} beside {like.dtype} inputs (bf16 positions are '
+            f'off by up to a third of a pixel), got {x.dtype}'
         )
 
 

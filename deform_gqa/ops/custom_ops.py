@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from .autocast import without_autocast
 from .layout import empty_tokens_like
 
 
@@ -24,7 +25,7 @@ def _run(backend: str, name: str, first: Tensor, *args, **options):
     function = getattr(
         importlib.import_module(f'.{backend}_backend', __package__), name
     )
-    with torch.autocast(first.device.type, enabled=False):
+    with without_autocast(first.device):
         return function(first, *args, **options)
 
 

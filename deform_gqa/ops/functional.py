@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, naive, torch_backend
+from .autocast import without_autocast
 from .backends import choose_backend
 from .custom_ops import deform_attn_op, deform_sample_op, neighborhood_attn_op
 
@@ -39,7 +40,8 @@ def deform_attn(
         v: (B, Hkv, S, D), dtype of q.
         pos: (B, G, S, 2) positions of the keys in (y, x), normalised to [-1, 1] with
             align_corners=True; Hq % G == 0. float32 (float64 beside a float64 q).
-            Needed with ``rpb_table`` only.
+            Needed with ``rpb_table`` only. The backends 'torch' and 'triton' give a key
+            whose position is NaN a bias of 0; of naive the outputs are NaN then.
         rpb_table: (Hq, Th, Tw) learnable bias over relative positions, any floating
             dtype.
         grid_size: (H, W) of the query map.
@@ -49,10 +51,10 @@ def deform_attn(
         backend: 'auto', 'naive', 'torch' or 'triton'.
 
     Returns:
-        (B, Hq, N, D), dtype of q.
+        (B, Hq, N, D), dtype of q, also under autocast.
 
     Raises:
-        TypeError: For a tensor of the wrong dtype.
+        TypeError: For a tensor of the wrong dtype, or an option of the wrong type.
         ValueError: For shapes or options that do not fit, or a backend that cannot
             run the call.
 
@@ -64,8 +66,7 @@ def deform_attn(
     grid_size = checks.check_grid_size(grid_size, q.shape[2])
     checks.check_dropout(dropout_p)
     scale = checks.check_scale(scale, q.shape[3])
-    if rpb_table is not None:
-        _check_bias(q, k, pos, rpb_table)
+    _check_bias(q, k, pos, rpb_table)
     biased = rpb_table is not None  # without a bias torch's own attention is faster
     backend = choose_backend(
         'deform_attn',
@@ -76,25 +77,20 @@ def deform_attn(
         head_dim=q.shape[3],
     )
     if backend == 'naive':
-        return naive.deform_attn(
-            q,
-            k,
-            v,
-            pos,
-            rpb_table,
-            grid_size=grid_size,
-            scale=scale,
-            dropout_p=dropout_p,
-        )
-    if rpb_table is None:
-        if backend == 'torch':  # torch's own fused attention is all it takes
-            return F.scaled_dot_product_attention(
+        with without_autocast(q.device):
+            return naive.deform_attn(
                 q,
-                naive.repeat_kv(k, q.shape[1]),
-                naive.repeat_kv(v, q.shape[1]),
-                dropout_p=dropout_p,
+                k,
+                v,
+                pos,
+                rpb_table,
+                grid_size=grid_size,
                 scale=scale,
+                dropout_p=dropout_p,
             )
+    if rpb_table is None:
+        if backend == 'torch' and _has_fused_attention(q, dropout_p):
+            return _fused_attention(q, k, v, scale, dropout_p)
         pos = None
     out, _ = deform_attn_op(
         q,
@@ -124,10 +120,10 @@ def deform_sample(x: Tensor, pos: Tensor, *, backend: str = 'auto') -> Tensor:
         backend: 'auto', 'naive', 'torch' or 'triton'.
 
     Returns:
-        (B, C, S), dtype of x.
+        (B, C, S), dtype of x, also under autocast.
 
     Raises:
-        TypeError: For a tensor of the wrong dtype.
+        TypeError: For a tensor of the wrong dtype, or an option of the wrong type.
         ValueError: For shapes that do not fit, or a backend that cannot run the call.
 
     Source: the sampling of DAT (arXiv 2201.00520); the definition is
@@ -139,14 +135,16 @@ def deform_sample(x: Tensor, pos: Tensor, *, backend: str = 'auto') -> Tensor:
     checks.check_pos(pos, x.shape[0], x)
     checks.check_device('pos', pos, 'x', x)
     checks.check_groups('channels of x', x.shape[1], pos.shape[1])
-    if 0 in x.shape[2:]:
-        raise ValueError(f'x must have a map of at least 1 x 1, got {tuple(x.shape)}')
+    if 0 in x.shape[1:]:
+        raise ValueError(
+            f'x must have channels and a map of at least 1 x 1, got {tuple(x.shape)}'
+        )
     backend = choose_backend('deform_sample', backend, device=x.device, dtype=x.dtype)
-    if backend == 'naive':
-        return naive.deform_sample(x, pos)
     if backend == 'triton':
         return deform_sample_op(x, pos)
-    return torch_backend.deform_sample(x, pos)
+    module = naive if backend == 'naive' else torch_backend
+    with without_autocast(x.device):
+        return module.deform_sample(x, pos)
 
 
 def neighborhood_attn(
@@ -181,10 +179,10 @@ def neighborhood_attn(
         backend: 'auto', 'naive', 'torch' or 'triton'.
 
     Returns:
-        (B, Hq, N, D), dtype of q.
+        (B, Hq, N, D), dtype of q, also under autocast.
 
     Raises:
-        TypeError: For a tensor of the wrong dtype.
+        TypeError: For a tensor of the wrong dtype, or an option of the wrong type.
         ValueError: For shapes or options that do not fit, or a backend that cannot
             run the call.
 
@@ -204,17 +202,18 @@ def neighborhood_attn(
         head_dim=q.shape[3],
     )
     if backend == 'naive':
-        return naive.neighborhood_attn(
-            q,
-            k,
-            v,
-            rpb,
-            grid_size=grid_size,
-            kernel_size=kernel_size,
-            dilation=dilation,
-            scale=scale,
-            dropout_p=dropout_p,
-        )
+        with without_autocast(q.device):
+            return naive.neighborhood_attn(
+                q,
+                k,
+                v,
+                rpb,
+                grid_size=grid_size,
+                kernel_size=kernel_size,
+                dilation=dilation,
+                scale=scale,
+                dropout_p=dropout_p,
+            )
     out, _ = neighborhood_attn_op(
         q,
         k,
@@ -231,14 +230,57 @@ def neighborhood_attn(
     return out
 
 
+def _has_fused_attention(q: Tensor, dropout_p: float) -> bool:
+    """Whether torch's own attention holds no N x S weights, given strides of 1 in D.
+
+    Its fused kernels take no dropout on CPUs, and on GPUs neither float64 nor, in
+    float32, rows that are not aligned.
+    """
+    if q.is_cuda:
+        return q.dtype != torch.float64 and q.shape[3] % 8 == 0
+    return dropout_p == 0.0
+
+
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float
+) -> Tensor:
+    k, v = (naive.repeat_kv(x, q.shape[1]) for x in (k, v))
+    with without_autocast(q.device):
+        return F.scaled_dot_product_attention(
+            *(_with_unit_stride(x) for x in (q, k, v)),
+            dropout_p=dropout_p,
+            scale=scale,
+        )
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    """x, copied unless its last dimension is dense."""
+    if x.stride(-1) == 1:
+        return x
+    # Not contiguous(): it leaves the stride of a dimension of size 1 as it is.
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _dropout_seed(dropout_p: float) -> Tensor:
     """Seed of the dropout masks, drawn from torch's CPU generator; int64 scalar."""
     if dropout_p == 0.0:
-        return torch.zeros((), dtype=torch.int64)
-    return torch.randint(2**31, ())
+        return torch.zeros((), dtype=torch.int64, device='cpu')
+    return torch.randint(2**31, (), device='cpu')
 
 
-def _check_bias(q: Tensor, k: Tensor, pos: Tensor | None, rpb_table: Tensor) -> None:
+def _check_bias(
+    q: Tensor, k: Tensor, pos: Tensor | None, rpb_table: Tensor | None
+) -> None:
+    """The positions are looked at also where there is no table to read at them."""
+    if rpb_table is not None:
+        _check_table(q, rpb_table)
+        if pos is None:
+            raise ValueError('pos must be given with rpb_table, got None')
+    if pos is not None:
+        _check_key_positions(q, k, pos)
+
+
+def _check_table(q: Tensor, rpb_table: Tensor) -> None:
     checks.check_tensor('rpb_table', rpb_table, 'Hq Th Tw')
     heads, table_h, table_w = rpb_table.shape
     if heads != q.shape[1] or 0 in (table_h, table_w):
@@ -246,8 +288,10 @@ def _check_bias(q: Tensor, k: Tensor, pos: Tensor | None, rpb_table: Tensor) -> 
             f'rpb_table must have shape (Hq, Th, Tw) with Hq = {q.shape[1]}, '
             f'got {tuple(rpb_table.shape)}'
         )
-    if pos is None:
-        raise ValueError('pos must be given with rpb_table, got None')
+    checks.check_device('rpb_table', rpb_table, 'q', q)
+
+
+def _check_key_positions(q: Tensor, k: Tensor, pos: Tensor) -> None:
     checks.check_pos(pos, q.shape[0], q)
     if pos.shape[2] != k.shape[2]:
         raise ValueError(
@@ -256,7 +300,6 @@ def _check_bias(q: Tensor, k: Tensor, pos: Tensor | None, rpb_table: Tensor) -> 
         )
     checks.check_groups('query heads', q.shape[1], pos.shape[1])
     checks.check_device('pos', pos, 'q', q)
-    checks.check_device('rpb_table', rpb_table, 'q', q)
 
 
 def _check_neighborhood(
@@ -271,6 +314,8 @@ def _check_neighborhood(
         raise ValueError(
             f'k and v must cover the map of q ({q.shape[2]} places), got {k.shape[2]}'
         )
+    checks.check_integer('kernel_size', kernel_size)
+    checks.check_integer('dilation', dilation)
     if kernel_size < 3 or kernel_size % 2 == 0:
         raise ValueError(
             f'kernel_size must be odd and at least 3, got kernel_size={kernel_size}'

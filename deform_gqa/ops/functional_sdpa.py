@@ -1,11 +1,9 @@
 """Public functional API of deform_sdpa: checks, choice of the backend, dispatch."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from . import checks, naive_deform_sdpa
+from .autocast import without_autocast
 from .backends import choose_backend
 from .custom_ops_sdpa import deform_sdpa_op
 from .functional import _dropout_seed
@@ -49,10 +47,10 @@ def deform_sdpa(
         backend: 'auto', 'naive', 'torch' or 'triton'.
 
     Returns:
-        (B, Vq, Hq, N, D), dtype of q.
+        (B, Vq, Hq, N, D), dtype of q, also under autocast.
 
     Raises:
-        TypeError: For a tensor of the wrong dtype.
+        TypeError: For a tensor of the wrong dtype, or an option of the wrong type.
         ValueError: For shapes or options that do not fit, or a backend that cannot
             run the call.
 
@@ -62,7 +60,7 @@ def deform_sdpa(
     al., "GQA", arXiv 2305.13245).
     """
     _check_maps(q, k, v)
-    grid_size = _check_grid_size(grid_size, k.shape[3])
+    grid_size = checks.check_grid_size(grid_size, k.shape[3], 'pixels of k and v')
     checks.check_dropout(dropout_p)
     scale = checks.check_scale(scale, q.shape[4])
     coords = _check_coords(coords, q, k.shape[1])
@@ -70,9 +68,10 @@ def deform_sdpa(
         'deform_sdpa', backend, device=q.device, dtype=q.dtype, head_dim=q.shape[4]
     )
     if backend == 'naive':
-        return naive_deform_sdpa.deform_sdpa(
-            q, k, v, coords, grid_size=grid_size, scale=scale, dropout_p=dropout_p
-        )
+        with without_autocast(q.device):
+            return naive_deform_sdpa.deform_sdpa(
+                q, k, v, coords, grid_size=grid_size, scale=scale, dropout_p=dropout_p
+            )
     out, _ = deform_sdpa_op(
         q,
         k,
@@ -98,24 +97,9 @@ def _check_maps(q: Tensor, k: Tensor, v: Tensor) -> None:
     checks.check_shape('v', v, k.shape, '(B, V, Hkv, Hk*Wk, D)')
     checks.check_same('k', k, 'q', q)
     checks.check_same('v', v, 'q', q)
-    if kv_heads == 0 or heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f'the {heads} query heads must be a multiple of the kv heads, '
-            f'got {kv_heads}'
-        )
+    checks.check_heads(heads, kv_heads)
     if 0 in (views, head_dim):
         raise ValueError(f'k and v hold no views or channels, got {tuple(k.shape)}')
-
-
-def _check_grid_size(grid_size: Sequence[int], pixels: int) -> tuple[int, int]:
-    if len(grid_size) != 2:
-        raise ValueError(f'grid_size must be (Hk, Wk), got {tuple(grid_size)}')
-    height, width = grid_size
-    if height < 1 or width < 1 or height * width != pixels:
-        raise ValueError(
-            f'grid_size {(height, width)} does not hold the {pixels} pixels of k and v'
-        )
-    return height, width
 
 
 def _check_coords(coords: Tensor, q: Tensor, views: int) -> Tensor:
@@ -134,10 +118,6 @@ def _check_coords(coords: Tensor, q: Tensor, views: int) -> Tensor:
     checks.check_groups('query heads', heads, groups)
     if points == 0:
         raise ValueError('coords hold no points (P == 0)')
-    wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if coords.dtype != wanted:
-        raise TypeError(
-            f'coords must be {wanted} beside {q.dtype} inputs, got {coords.dtype}'
-        )
+    checks.check_coordinate_dtype('coords', coords, q)
     checks.check_device('coords', coords, 'q', q)
     return coords

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
+from .autocast import without_autocast
 
 
 def scaled_dot_product_gqa(
@@ -54,23 +55,19 @@ def scaled_dot_product_gqa(
             depend on how the heads are grouped.
 
     Returns:
-        Output (b, n, h, d) in the dtype of query, and weights (b, n, s, h) after
-        dropout, or (b, n, s) if averaged, or None.
+        Output (b, n, h, d) in the dtype of query, also under autocast, and weights
+        (b, n, s, h) after dropout, or (b, n, s) if averaged, or None.
 
     Raises:
-        TypeError: For a tensor of the wrong dtype.
+        TypeError: For a tensor of the wrong dtype, or an option of the wrong type.
         ValueError: For shapes or options that do not fit.
 
     Source: Ainslie et al., "GQA" (arXiv 2305.13245);
     https://github.com/fkodom/grouped-query-attention-pytorch.
     """
     _check_inputs(query, key, value)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f'dropout must be in [0, 1), got {dropout}')
-    if scale is None:
-        scale = query.shape[-1] ** 0.5
-    elif not math.isfinite(scale) or scale == 0:
-        raise ValueError(f'scale must be finite and not zero, got {scale}')
+    checks.check_dropout(dropout, 'dropout')
+    scale = _check_divisor(scale, query.shape[3])
     if mask is not None:
         if is_causal:
             raise ValueError('mask must be None with is_causal=True, got both')
@@ -109,27 +106,28 @@ def attend_grouped(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.to(query.dtype)
-    if not need_weights:
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out.transpose(1, 2), None
-    if is_causal:
-        attn_mask = causal_mask(query.shape[2], key.shape[2], query.device)
-    weights = F.dropout(_weights(query * scale, key, attn_mask), dropout)
-    grouped = weights.unflatten(1, (key.shape[1], -1))
-    out = torch.einsum('bkgns,bksd->bkgnd', grouped, value).flatten(1, 2)
-    weights = weights.permute(0, 2, 3, 1)
-    if average_attn_weights:
-        weights = weights.mean(dim=-1)
-    return out.transpose(1, 2), weights
+    with without_autocast(query.device):
+        if not need_weights:
+            out = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            return out.transpose(1, 2), None
+        if is_causal:
+            attn_mask = causal_mask(query.shape[2], key.shape[2], query.device)
+        weights = F.dropout(_weights(query * scale, key, attn_mask), dropout)
+        grouped = weights.unflatten(1, (key.shape[1], -1))
+        out = torch.einsum('bkgns,bksd->bkgnd', grouped, value).flatten(1, 2)
+        weights = weights.permute(0, 2, 3, 1)
+        if average_attn_weights:
+            weights = weights.mean(dim=-1)
+        return out.transpose(1, 2), weights
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
@@ -160,6 +158,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     checks.check_tensor('query', query, 'b n h d')
     checks.check_tensor('key', key, 'b s h_kv d')
     checks.check_tensor('value', value, 'b s h_kv d')
+    checks.check_channels('query', query)
     batch, _, heads, head_dim = query.shape
     _, num_keys, num_kv_heads, _ = key.shape
     expected = (batch, num_keys, num_kv_heads, head_dim)
@@ -167,13 +166,19 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     checks.check_shape('value', value, expected, '(b, s, h_kv, d)')
     checks.check_same('key', key, 'query', query)
     checks.check_same('value', value, 'query', query)
-    if num_kv_heads == 0 or heads % num_kv_heads:
-        raise ValueError(
-            f'the {heads} query heads must be a multiple of the key heads, '
-            f'got {num_kv_heads}'
-        )
+    checks.check_heads(heads, num_kv_heads)
     if num_keys == 0:
         raise ValueError('key and value hold no keys (s == 0)')
+
+
+def _check_divisor(scale: float | None, head_dim: int) -> float:
+    """What the query is divided by: the given scale, or sqrt(head_dim)."""
+    if scale is None:
+        return head_dim**0.5
+    checks.check_number('scale', scale)
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f'scale must be finite and not zero, got {scale}')
+    return scale
 
 
 def _expand_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:

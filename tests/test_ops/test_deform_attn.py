@@ -90,7 +90,8 @@ def test_gradcheck():
     )
 
 
-def test_gradcheck_with_dropout():
+@pytest.mark.parametrize('biased', [True, False])
+def test_gradcheck_with_dropout(biased):
     inputs = TINY.inputs()
 
     def op(*tensors):
@@ -99,12 +100,15 @@ def test_gradcheck_with_dropout():
             *tensors, grid_size=TINY.grid_size, dropout_p=0.4, backend='torch'
         )
 
-    torch.autograd.gradcheck(op, inputs[:3] + [x.detach() for x in inputs[3:]])
+    bias = [x.detach() for x in inputs[3:]] if biased else []
+    torch.autograd.gradcheck(op, inputs[:3] + bias)
 
 
+@pytest.mark.parametrize('biased', [True, False])
 @pytest.mark.parametrize('backend', ['naive', 'torch'])
-def test_dropout_expectation(backend):
+def test_dropout_expectation(backend, biased):
     q, k, v, pos, table = (x.detach().float() for x in CASE.inputs())
+    pos, table = (pos, table) if biased else (None, None)
     options = dict(grid_size=CASE.grid_size, backend=backend)
     torch.manual_seed(0)
     expected = deform_attn(q, k, v, pos, table, **options)
@@ -145,12 +149,57 @@ def test_positions_far_outside_read_zeros(backend):
     assert_close(biased, plain)
 
 
-def test_every_output_is_written(monkeypatch):
-    def poisoned(x, **kwargs):
-        return torch.full_like(x, float('nan'), **kwargs)
+@pytest.mark.parametrize('table_size', [CASE.table_size, None])
+def test_every_output_is_written(poisoned_memory, table_size):
+    case = dataclasses.replace(CASE, table_size=table_size)
+    for x in run(case, 'torch', dropout_p=0.3):  # without a bias it runs in tiles too
+        assert x.isfinite().all()
 
-    monkeypatch.setattr(torch, 'empty_like', poisoned)
-    assert all(x.isfinite().all() for x in run(CASE, 'torch'))
+
+def test_writing_nothing_is_seen(poisoned_memory, monkeypatch):
+    monkeypatch.setattr(torch_impl, '_paste', lambda *args: None)
+    assert run(CASE, 'torch')[0].isnan().all()
+
+
+@pytest.mark.parametrize('axes', [[0], [1], [0, 1]])
+def test_positions_that_are_no_number_read_zeros(axes):
+    """In the torch backend, and no gradient is spoilt by them."""
+    outside, nowhere = CASE.inputs(), CASE.inputs()
+    with torch.no_grad():
+        outside[3][:, :, 2] = 9
+        nowhere[3][:, :, 2, axes] = float('nan')
+    actual = run(CASE, 'torch', inputs=nowhere)
+    for a, e in zip(actual, run(CASE, 'naive', inputs=outside), strict=True):
+        assert_close(a, e, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize('dropout_p', [0.0, 0.3])
+def test_last_stride_of_another_size_without_a_bias(dropout_p):
+    """As 1x1 convolutions give q, k and v: torch's fused attention refuses it."""
+    inputs = dataclasses.replace(CASE, table_size=None).inputs()
+    transposed = [
+        x.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+        for x in inputs[:3]
+    ]
+    results = []
+    for qkv in (inputs[:3], transposed):
+        torch.manual_seed(0)
+        results.append(
+            run(CASE, 'torch', inputs=[*qkv, None, None], dropout_p=dropout_p)
+        )
+    for a, e in zip(*results, strict=True):
+        assert_close(a, e)
+
+
+def test_seed_of_dropout_is_on_the_cpu():
+    """Whatever device tensors are made on by default."""
+    inputs = [x.detach() for x in CASE.inputs()]
+    options = dict(grid_size=CASE.grid_size, dropout_p=0.3, backend='torch')
+    torch.manual_seed(0)
+    expected = deform_attn(*inputs, **options)
+    torch.manual_seed(0)
+    with torch.device('meta'):
+        assert torch.equal(deform_attn(*inputs, **options), expected)
 
 
 @pytest.mark.parametrize('backend', ['naive', 'torch'])
@@ -162,11 +211,13 @@ def test_empty_batch(backend):
     assert not grads[-1].any()
 
 
-def test_opcheck():
-    q, k, v, pos, table = CASE.inputs(torch.float32)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('changes', [{}, {'table_size': None}, {'batch': 0}])
+def test_opcheck(dtype, changes):
+    inputs = dataclasses.replace(CASE, **changes).inputs(dtype)
     seed = torch.zeros((), dtype=torch.int64)
     options = (*CASE.grid_size, 0.3, 0.0, False, 'torch')
-    torch.library.opcheck(deform_attn_op, (q, k, v, pos, table, seed, *options))
+    torch.library.opcheck(deform_attn_op, (*inputs, seed, *options))
 
 
 def test_compiles_without_graph_break():
@@ -189,6 +240,9 @@ def test_double_backward_raises():
 def test_deterministic():
     first, again = run(CASE, 'torch'), run(CASE, 'torch')
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+PARAMETER = torch.nn.Parameter(torch.tensor(0.3))
 
 
 def change(index, value):
@@ -215,8 +269,15 @@ def change(index, value):
         (change(4, lambda t: t[:, :0]), {}, ValueError, 'rpb_table must have shape'),
         (CASE.inputs(), {'grid_size': (5, 6)}, ValueError, r'grid_size \(5, 6\)'),
         (CASE.inputs(), {'grid_size': (35,)}, ValueError, 'grid_size must be'),
+        (CASE.inputs(), {'grid_size': 35}, TypeError, 'grid_size .* got 35 of type'),
+        (CASE.inputs(), {'grid_size': None}, TypeError, 'grid_size .* got None'),
+        (CASE.inputs(), {'grid_size': (5.0, 7)}, TypeError, r'grid_size\[0\] .* 5\.0'),
+        (CASE.inputs(), {'grid_size': (5, '7')}, TypeError, r"grid_size\[1\] .* '7'"),
         (CASE.inputs(), {'dropout_p': 1.0}, ValueError, 'dropout_p .* got 1.0'),
+        (CASE.inputs(), {'dropout_p': '0'}, TypeError, "dropout_p .* got '0' of type"),
         (CASE.inputs(), {'scale': float('nan')}, ValueError, 'scale .* got nan'),
+        (CASE.inputs(), {'scale': 'a'}, TypeError, "scale .* got 'a' of type str"),
+        (CASE.inputs(), {'scale': PARAMETER}, TypeError, 'scale must .* got Parameter'),
         (CASE.inputs(), {'backend': 'cuda'}, ValueError, "got 'cuda'"),
         (CASE.inputs(), {'backend': 'triton'}, ValueError, "'triton' cannot run"),
     ],
@@ -232,6 +293,37 @@ def test_heads_no_multiple_of_kv_heads():
     k, v = (x[:, [0, 1, 1]] for x in (k, v))
     with pytest.raises(ValueError, match='kv heads, got 3'):
         deform_attn(q, k, v, grid_size=CASE.grid_size)
+
+
+@pytest.mark.parametrize(
+    ('pos', 'error', 'message'),
+    [
+        ('nonsense', TypeError, 'pos must be a torch.Tensor, got str'),
+        (torch.zeros(3), ValueError, r'pos must have shape .* got \(3,\)'),
+        (torch.zeros(2, 1, 6, 2), TypeError, 'pos must be torch.float64'),
+        (torch.zeros(2, 1, 5, 2).double(), ValueError, 'of the 6 keys, got 5'),
+        (torch.zeros(2, 3, 6, 2).double(), ValueError, 'offset groups, got 3'),
+        (torch.zeros(2, 1, 6, 2, device='meta').double(), ValueError, 'pos must be on'),
+    ],
+)
+def test_positions_are_checked_without_a_table_too(pos, error, message):
+    q, k, v, _, _ = CASE.inputs()
+    with pytest.raises(error, match=message):
+        deform_attn(q, k, v, pos, grid_size=CASE.grid_size)
+
+
+def test_no_channels():
+    q, k, v, _, _ = (x.detach()[..., :0] for x in CASE.inputs())
+    with pytest.raises(
+        ValueError, match=r'q must have channels .* got \(2, 4, 35, 0\)'
+    ):
+        deform_attn(q, k, v, grid_size=CASE.grid_size)
+
+
+def test_no_query_heads():
+    q, k, v, _, _ = CASE.inputs()
+    with pytest.raises(ValueError, match=r'the 0 query heads .* got 2'):
+        deform_attn(q[:, :0], k, v, grid_size=CASE.grid_size)
 
 
 def test_no_keys():

@@ -73,6 +73,7 @@ def test_low_precision_maps_with_float32_positions(dtype):
         (lambda x, p: (x, p.float()), TypeError, 'pos must be torch.float64'),
         (lambda x, p: (x[:, :5], p), ValueError, 'offset groups, got 3'),
         (lambda x, p: (x[:, :, :0], p), ValueError, 'at least 1 x 1'),
+        (lambda x, p: (x[:, :0], p), ValueError, r'channels .* got \(2, 0, 5, 7\)'),
         (lambda x, p: (x, p[:1]), ValueError, 'with B = 2'),
     ],
 )

@@ -56,8 +56,18 @@ def test_deterministic():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize(('method', 'points'), [('gather', 16), ('dense', 64)])
-def test_chunks_bound_the_largest_tensor(monkeypatch, method, points):
+@pytest.mark.parametrize(
+    ('method', 'points', 'head_dim', 'grid_size'),
+    [
+        ('gather', 16, 16, (6, 8)),
+        ('gather', 64, 1, (6, 8)),
+        ('dense', 16, 16, (6, 8)),
+        ('dense', 64, 16, (2, 2)),  # far more taps than pixels
+    ],
+)
+def test_chunks_bound_the_largest_tensor(
+    monkeypatch, method, points, head_dim, grid_size
+):
     """More queries and points make more chunks, not larger ones."""
     largest = 0
     chunks = torch_impl._Problem.chunks
@@ -65,18 +75,18 @@ def test_chunks_bound_the_largest_tensor(monkeypatch, method, points):
     def spy(self, index, maps):
         nonlocal largest
         for chunk in chunks(self, index, maps):
-            taps = chunk[2].taps.weight.numel()
-            sampled = chunk[2].values.numel() if method == 'gather' else 0
-            largest = max(largest, taps, sampled)
+            samples = chunk[2]
+            sampled = samples.values.numel() if method == 'gather' else 0
+            largest = max(largest, samples.index.numel(), sampled)
             yield chunk
 
     monkeypatch.setattr(torch_impl._Problem, 'chunks', spy)
     monkeypatch.setattr(torch_impl, 'choose_method', lambda *sizes: method)
-    q = torch.randn(1, 1, 2, 3000, 16)
-    k = torch.randn(1, 2, 2, 48, 16)
+    q = torch.randn(1, 1, 2, 3000, head_dim)
+    k = torch.randn(1, 2, 2, grid_size[0] * grid_size[1], head_dim)
     coords = torch.rand(1, 1, 3000, 2, points, 2)
-    deform_sdpa(q, k, k, coords, grid_size=(6, 8), backend='torch')
-    assert 0 < largest <= 4 * torch_impl.MAX_NUMBERS[method]
+    deform_sdpa(q, k, k, coords, grid_size=grid_size, backend='torch')
+    assert 0 < largest <= torch_impl.MAX_NUMBERS[method]
 
 
 def change(index, value):
@@ -110,6 +120,9 @@ def change(index, value):
         (CASE.inputs(), {'grid_size': (35,)}, ValueError, 'grid_size must be'),
         (CASE.inputs(), {'dropout_p': 1.0}, ValueError, 'dropout_p .* got 1.0'),
         (CASE.inputs(), {'scale': float('nan')}, ValueError, 'scale .* got nan'),
+        (CASE.inputs(), {'scale': 'a'}, TypeError, "scale .* got 'a' of type str"),
+        (CASE.inputs(), {'grid_size': 35}, TypeError, 'grid_size .* got 35 of type'),
+        (CASE.inputs(), {'grid_size': (5, 7.0)}, TypeError, r'grid_size\[1\] .* 7\.0'),
         (CASE.inputs(), {'backend': 'cuda'}, ValueError, "got 'cuda'"),
         (CASE.inputs(), {'backend': 'triton'}, ValueError, "'triton' cannot run"),
     ],

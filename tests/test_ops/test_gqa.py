@@ -219,7 +219,20 @@ def test_compiles_without_graph_break():
             ValueError,
             'hold no keys',
         ),
+        (
+            dict(
+                query=torch.zeros(2, 13, 6, 0),
+                key=torch.zeros(2, 21, 3, 0),
+                value=torch.zeros(2, 21, 3, 0),
+            ),
+            ValueError,
+            r'query must have channels .* got \(2, 13, 6, 0\)',
+        ),
+        (dict(query=torch.zeros(2, 13, 0, 8)), ValueError, 'the 0 query heads'),
         (dict(dropout=1.0), ValueError, 'dropout must be in'),
+        (dict(dropout=None), TypeError, 'dropout must be .* got None'),
+        (dict(scale='a'), TypeError, "scale must be .* got 'a' of type str"),
+        (dict(scale=torch.tensor(2.0)), TypeError, 'scale must be .* of type Tensor'),
         (dict(scale=0.0), ValueError, 'scale must be finite'),
         (dict(scale=float('nan')), ValueError, 'scale must be finite'),
         (

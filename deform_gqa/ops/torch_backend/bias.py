@@ -62,7 +62,8 @@ def axis_taps(
     """Taps of some queries of an axis that has ``size`` queries.
 
     Args:
-        pos: (X, S) key positions along the axis in [-1, 1] (others are allowed).
+        pos: (X, S) key positions along the axis in [-1, 1] (others are allowed; for a
+            NaN all queries read zeros).
         span: The n queries.
         table_size: Length of the unpadded table along the axis.
         with_slopes: Whether to compute the derivatives too.
@@ -75,9 +76,8 @@ def axis_taps(
         query = index * (half / (size - 1))
     t = query + (half / 2 * (1 - pos)).unsqueeze(-1)
     # One cell of zeros lies before and behind the table; farther out all is zero.
-    tap = (t + 1).clamp(0, table_size + 1)
-    reach = math.floor(table_step(size, table_size) * (span.stop - span.start - 1))
-    window = min(reach + 3, table_size + 2)
+    tap = (t + 1).nan_to_num_(nan=0).clamp_(0, table_size + 1)
+    window = window_size(span.stop - span.start, size, table_size)
     start = tap[..., 0].floor().clamp(max=table_size + 2 - window)
     tap = (tap - start.unsqueeze(-1)).unsqueeze(-1)
     lower = tap.floor().clamp_(max=window - 2)
@@ -97,6 +97,12 @@ def axis_taps(
 def table_step(size: int, table_size: int) -> float:
     """Table cells from one query to the next along an axis of ``size`` queries."""
     return (table_size - 1) / 2 / max(size - 1, 1)
+
+
+def window_size(num_queries: int, size: int, table_size: int) -> int:
+    """Cells of the padded table that neighbouring queries of an axis can reach."""
+    reach = math.floor(table_step(size, table_size) * (num_queries - 1))
+    return min(reach + 3, table_size + 2)
 
 
 class TileBias:

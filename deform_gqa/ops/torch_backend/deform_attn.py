@@ -15,6 +15,7 @@ from .bias import (
     axis_taps,
     pad_table,
     table_step,
+    window_size,
 )
 from .tile_attention import (
     attend_tile,
@@ -32,6 +33,9 @@ MAX_WEIGHTS = 2**19
 # A tile has fewer columns where queries are far apart in the table, as the work of the
 # bias grows with the cells that the tile spans.
 TILE_CELLS, MIN_TILE_COLS = 12, 16
+# Tap weights of query rows kept for all columns of tiles. A narrow map has few of
+# these: the taps of all its rows would be more than its weights.
+MAX_TAPS = 2**21
 
 
 def _spans(size: int, most: int) -> list[slice]:
@@ -39,6 +43,11 @@ def _spans(size: int, most: int) -> list[slice]:
     parts = -(-size // most)
     ends = [size * i // parts for i in range(parts + 1)]
     return [slice(*span) for span in itertools.pairwise(ends)]
+
+
+def _batched(spans: list[slice], most: int) -> Iterator[list[slice]]:
+    for start in range(0, len(spans), most):
+        yield spans[start : start + most]
 
 
 @dataclasses.dataclass
@@ -55,7 +64,7 @@ class _Tile:
     pairs: slice
     rows: slice
     cols: slice
-    bias: TileBias
+    bias: TileBias | None
 
 
 class _Problem:
@@ -72,9 +81,12 @@ class _Problem:
         self.k, self.v = (
             repeat_kv(t, self.num_heads).flatten(0, 1).to(self.dtype) for t in (k, v)
         )
-        self.pos = repeat_kv(pos, self.num_heads).flatten(0, 1)
-        self.table = pad_table(rpb_table, self.dtype)
-        self.table_size = rpb_table.shape[1:]
+        self.has_bias = rpb_table is not None
+        self.table_size = (1, 1)
+        if self.has_bias:
+            self.pos = repeat_kv(pos, self.num_heads).flatten(0, 1)
+            self.table = pad_table(rpb_table, self.dtype)
+            self.table_size = rpb_table.shape[1:]
 
     def as_map(self, x: Tensor) -> Tensor:
         """(B, Hq, N, ...) -> (B, Hq, H, W, ...), a view."""
@@ -90,29 +102,77 @@ class _Problem:
 
     def _tile_shape(self) -> tuple[int, int, int]:
         """(pairs, rows, columns) of a tile; few where there are many keys."""
-        most = max(1, MAX_WEIGHTS // self.k.shape[1])
+        num_keys = self.k.shape[1]
+        most = max(1, MAX_WEIGHTS // num_keys)
         step = table_step(self.grid_size[1], self.table_size[1])
         wanted = int(TILE_CELLS / step) if step else TILE_COLS
         cols = min(max(wanted, MIN_TILE_COLS), TILE_COLS, most, self.grid_size[1])
         rows = max(1, min(TILE_ROWS, most // cols, self.grid_size[0]))
-        return max(1, most // (rows * cols)), rows, cols
+        # Few queries far apart in a fine table span many more cells than they have
+        # weights.
+        while self._numbers(rows, cols) > 4 * most and (rows, cols) != (1, 1):
+            rows, cols = (-(-rows // 2), cols) if rows > 1 else (rows, -(-cols // 2))
+        return max(1, most // self._numbers(rows, cols)), rows, cols
+
+    def _window(self, axis: int, num_queries: int) -> int:
+        return window_size(num_queries, self.grid_size[axis], self.table_size[axis])
+
+    def _numbers(self, rows: int, cols: int) -> int:
+        """Numbers for each key in the largest tensor of a tile and its bias."""
+        return max(rows, self._window(0, rows)) * max(cols, self._window(1, cols))
 
     def tiles(self, with_slopes: bool) -> Iterator[_Tile]:
-        """All tiles; those of the same rows or columns share the taps."""
+        """All tiles."""
         num_pairs, num_rows, num_cols = self._tile_shape()
         row_spans = _spans(self.grid_size[0], num_rows)
+        col_spans = _spans(self.grid_size[1], num_cols)
         number = itertools.count()
         for samples, heads, pairs in self._spans_of_pairs(num_pairs):
-            pair = torch.arange(pairs.start, pairs.stop, device=self.pos.device)
-            row_taps = [self._taps(0, pairs, rows, with_slopes) for rows in row_spans]
-            row_bags = [taps.bags() for taps in row_taps]
-            for cols in _spans(self.grid_size[1], num_cols):
-                col_taps = self._taps(1, pairs, cols, with_slopes)
-                for rows, taps, bags in zip(row_spans, row_taps, row_bags, strict=True):
-                    bias = TileBias(
-                        self.table, pair % self.num_heads, taps, bags, col_taps
-                    )
-                    yield _Tile(next(number), samples, heads, pairs, rows, cols, bias)
+            if self.has_bias:
+                parts = self._biased_parts(pairs, row_spans, col_spans, with_slopes)
+            else:
+                parts = itertools.product(row_spans, col_spans, [None])
+            for part in parts:
+                yield _Tile(next(number), samples, heads, pairs, *part)
+
+    def _biased_parts(
+        self,
+        pairs: slice,
+        row_spans: list[slice],
+        col_spans: list[slice],
+        with_slopes: bool,
+    ) -> Iterator[tuple[slice, slice, TileBias]]:
+        """(rows, columns, bias) of the tiles of some pairs, band by band of rows."""
+        num_rows = max(rows.stop - rows.start for rows in row_spans)
+        num_keys = (pairs.stop - pairs.start) * self.k.shape[1]
+        taps = num_keys * num_rows * self._window(0, num_rows)
+        for band in _batched(row_spans, max(1, MAX_TAPS // taps)):
+            yield from self._biased_band(pairs, band, col_spans, with_slopes)
+
+    def _biased_band(
+        self,
+        pairs: slice,
+        row_spans: list[slice],
+        col_spans: list[slice],
+        with_slopes: bool,
+    ) -> Iterator[tuple[slice, slice, TileBias]]:
+        """As above; tiles of the same rows or columns share the taps."""
+        pair = torch.arange(pairs.start, pairs.stop, device=self.pos.device)
+        head = pair % self.num_heads
+        row_taps = [self._taps(0, pairs, rows, with_slopes) for rows in row_spans]
+        row_bags = [taps.bags() for taps in row_taps]
+        for cols in col_spans:
+            col_taps = self._taps(1, pairs, cols, with_slopes)
+            for rows, taps, bags in zip(row_spans, row_taps, row_bags, strict=True):
+                yield rows, cols, TileBias(self.table, head, taps, bags, col_taps)
+
+    def bias(self, tile: _Tile) -> Tensor:
+        """(X, S, r * c) in units of ln 2, a new tensor."""
+        if tile.bias is not None:
+            return tile.bias.value()
+        rows, cols = (part.stop - part.start for part in (tile.rows, tile.cols))
+        num_pairs = tile.pairs.stop - tile.pairs.start
+        return self.k.new_zeros(num_pairs, self.k.shape[1], rows * cols)
 
     def _taps(
         self, axis: int, pairs: slice, span: slice, with_slopes: bool
@@ -141,8 +201,8 @@ def deform_attn_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pos: Tensor,
-    rpb_table: Tensor,
+    pos: Tensor | None,
+    rpb_table: Tensor | None,
     *,
     seed: int,
     grid_size: tuple[int, int],
@@ -152,13 +212,14 @@ def deform_attn_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, N, D), dtype of q, and lse (B, Hq, N), float32 or float64."""
     out = empty_tokens_like(q)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
     if q.numel() == 0:
-        return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+        return out, lse
     problem = _Problem(q, k, v, pos, rpb_table, grid_size)
-    lse = torch.empty(q.shape[:3], dtype=problem.dtype, device=q.device)
     q_map, out_map, lse_map = (problem.as_map(t) for t in (q, out, lse))
     for tile in problem.tiles(with_slopes=False):
-        bias = tile.bias.value()
+        bias = problem.bias(tile)
         drop = dropout_scale(bias.shape, dropout_p, seed + tile.number, bias)
         tile_out, tile_lse = attend_tile(
             problem.cut(q_map, tile),
@@ -180,8 +241,8 @@ def deform_attn_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pos: Tensor,
-    rpb_table: Tensor,
+    pos: Tensor | None,
+    rpb_table: Tensor | None,
     *,
     seed: int,
     grid_size: tuple[int, int],
@@ -189,23 +250,25 @@ def deform_attn_backward(
     dropout_p: float,
     pos_in_range: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, pos and rpb_table, in their shapes and dtypes."""
+    """Gradients of q, k, v, pos and rpb_table, in their shapes and dtypes.
+
+    Those of pos and rpb_table are empty where there is no table.
+    """
     grad_q = empty_tokens_like(q)
     if q.numel() == 0:
-        return grad_q, *(torch.zeros_like(t) for t in (k, v, pos, rpb_table))
+        return grad_q, *(_zeros_like(t, q) for t in (k, v, pos, rpb_table))
     problem = _Problem(q, k, v, pos, rpb_table, grid_size)
     dtype = problem.dtype
     q_map = problem.as_map(with_lse(q.to(dtype), lse, scale))
     grad_out_map = problem.as_map(with_row_sums(grad_out.to(dtype), out.to(dtype)))
     grad_q_map = problem.as_map(grad_q)
     k_ones, v_ones = with_ones(problem.k), with_ones(problem.v)
-    grad_k, grad_v, grad_pos, grad_table = (
-        torch.zeros_like(t) for t in (problem.k, problem.v, problem.pos, problem.table)
-    )
+    grad_k, grad_v = torch.zeros_like(problem.k), torch.zeros_like(problem.v)
+    grad_bias = _BiasGradient(problem) if problem.has_bias else None
     for tile in problem.tiles(with_slopes=True):
-        bias = tile.bias.value()
+        bias = problem.bias(tile)
         drop = dropout_scale(bias.shape, dropout_p, seed + tile.number, bias)
-        tile_grad_q, tile_grad_k, tile_grad_v, grad_bias = attend_tile_backward(
+        tile_grad_q, tile_grad_k, tile_grad_v, tile_grad_bias = attend_tile_backward(
             problem.cut(q_map, tile),
             problem.cut(grad_out_map, tile),
             k_ones[tile.pairs],
@@ -217,16 +280,34 @@ def deform_attn_backward(
         _paste(grad_q_map, tile, tile_grad_q)
         grad_k[tile.pairs] += tile_grad_k
         grad_v[tile.pairs] += tile_grad_v
-        grad_y, grad_x = tile.bias.backward(grad_bias, grad_table.view(-1))
-        grad_pos[tile.pairs, :, 0] += grad_y
-        grad_pos[tile.pairs, :, 1] += grad_x
+        if grad_bias is not None:
+            grad_bias.add(tile, tile_grad_bias)
+    grads = grad_q, _sum_heads(grad_k, k), _sum_heads(grad_v, v)
+    if grad_bias is None:
+        return *grads, q.new_empty(0), q.new_empty(0)
     return (
-        grad_q,
-        _sum_heads(grad_k, k),
-        _sum_heads(grad_v, v),
-        _sum_heads(grad_pos, pos),
-        grad_table[:, 1:-1, 1:-1].to(rpb_table.dtype).contiguous(),
+        *grads,
+        _sum_heads(grad_bias.pos, pos),
+        grad_bias.table[:, 1:-1, 1:-1].to(rpb_table.dtype).contiguous(),
     )
+
+
+class _BiasGradient:
+    """Sums over the tiles: gradients of pos (X, S, 2) and of the padded table."""
+
+    def __init__(self, problem: _Problem):
+        self.pos = torch.zeros_like(problem.pos)
+        self.table = torch.zeros_like(problem.table)
+
+    def add(self, tile: _Tile, grad: Tensor) -> None:
+        grad_y, grad_x = tile.bias.backward(grad, self.table.view(-1))
+        self.pos[tile.pairs, :, 0] += grad_y
+        self.pos[tile.pairs, :, 1] += grad_x
+
+
+def _zeros_like(x: Tensor | None, q: Tensor) -> Tensor:
+    """Gradient where there are no queries; empty for an absent input."""
+    return q.new_empty(0) if x is None else torch.zeros_like(x)
 
 
 def _sum_heads(grad: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from .sampled_maps import DenseSamples, GatheredSamples, make_taps
 from .tile_attention import dropout_scale
 
 # Numbers that a chunk holds of its largest tensor: sampled channels ('gather') or
-# weights of all pixels ('dense'). Chosen by measuring: chunks should stay in cache.
+# weights of all pixels ('dense'), or of the four taps of each point if these are more.
+# Chosen by measuring: chunks should stay in cache.
 MAX_NUMBERS = {'gather': 2**19, 'dense': 2**20}
 # Pixels of a map whose products with one query cost as much as one sampled point.
 DENSE_PIXELS_PER_POINT = 32
@@ -48,10 +49,10 @@ class _Problem:
             method = 'gather'  # scatter_add has no deterministic CUDA kernel
         self.samples = DenseSamples if method == 'dense' else GatheredSamples
         if method == 'dense':
-            per_query = self.heads * self.views * k.shape[3]
+            per_query = self.heads * self.views * max(k.shape[3], 4 * self.points)
         else:
             units = self.heads // shared
-            per_query = units * self.views * self.points * head_dim
+            per_query = units * self.views * self.points * max(head_dim, 4)
         self.chunk = max(1, MAX_NUMBERS[method] // per_query)
 
     def heads_first(self, x: Tensor) -> Tensor:

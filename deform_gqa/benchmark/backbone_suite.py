@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deform_gqa.models.backbones.dat import MIN_IMAGE_SIDE
 from deform_gqa.models.backbones.dat_arch import ARCHS
 
 from . import mm_models
@@ -136,8 +137,13 @@ def backbone_case(
     batch: int,
     options: ModelOptions,
 ) -> ModelCase:
-    kv_heads = mm_models.kv_heads_text(config)
     image = f'{size[0]}x{size[1]}'
+    if config['type'] == 'DAT' and min(size) < MIN_IMAGE_SIDE:
+        raise OptionError(
+            f'--sizes {image}: DAT takes images of at least '
+            f'{MIN_IMAGE_SIDE}x{MIN_IMAGE_SIDE} pixels'
+        )
+    kv_heads = mm_models.kv_heads_text(config)
     fields = {
         'backbone': mm_models.short_name(target),
         'kv heads': kv_heads,

@@ -5,6 +5,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ def resolve_run(args: argparse.Namespace) -> dict[str, Any]:
         OptionError: For the first wrong option.
     """
     device = parse_device(args.device)
+    check_out(args.out)
     for name in ('repeats', 'min_time_s', 'time_limit_s'):
         check_positive('--' + name.replace('_', '-'), [getattr(args, name)])
     default_time_s = QUICK_TIME_S if args.quick else DEFAULT_TIME_S
@@ -82,6 +84,15 @@ def resolve_run(args: argparse.Namespace) -> dict[str, Any]:
         time_limit_s=args.time_limit_s,
         out=args.out,
     )
+
+
+def check_out(out: str | None) -> None:
+    """Raises OptionError for --out where no folder can be: a file is in the way."""
+    if out is None:
+        return
+    for path in (Path(out), *Path(out).parents):
+        if path.exists() and not path.is_dir():
+            raise OptionError(f'--out {out!r} cannot be a folder: {path} is a file')
 
 
 def resolve_threads(args: argparse.Namespace) -> int | None:

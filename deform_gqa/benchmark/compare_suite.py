@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import panels
+from .common_options import check_out
 from .comparison import (
     CONFIDENCE,
     LEAST_SAMPLES,
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     """
     if not 0 <= args.tolerance < float('inf'):
         raise OptionError(f'--tolerance must be 0 or more, got {args.tolerance}')
+    check_out(args.out)
     before, after = load_report(args.before), load_report(args.after)
     reasons = differences(before, after)
     if reasons and not args.force:

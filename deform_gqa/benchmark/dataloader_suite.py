@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from . import mm_models
 from .common_options import (
     add_output_arguments,
+    check_out,
     check_positive,
     one_of,
     resolve_threads,
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         OptionError: For wrong options, or data that is not there.
     """
     threads = resolve_threads(args)
+    check_out(args.out)
     one_of('--split', [args.split], SPLITS)
     for name in ('batch_sizes', 'batches', 'images'):
         given = getattr(args, name)

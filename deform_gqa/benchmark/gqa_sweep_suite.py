@@ -17,7 +17,7 @@ from .errors import OptionError
 from .model_measure import FORWARD, TRAIN
 from .model_options import ModelOptions, add_model_arguments, resolve_model
 from .model_report import mm_versions, publish
-from .op_cases import STAGES
+from .op_cases import CASES, STAGES
 from .report import Report
 from .sweep_measure import measure_interleaved
 from .sweep_ops import Sweep
@@ -52,7 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         '--stage',
         type=int,
-        default=STAGE,
         help=f'of DAT-T++, for ops and layers (default: {STAGE})',
     )
     add_model_arguments(
@@ -109,10 +108,22 @@ def refuse_without_effect(args: argparse.Namespace) -> None:
         useless += ['cfg_options', 'checkpoint']
     if args.preset is not None or args.target in (sweep_ops.SDPA, sweep_ops.GQA_OP):
         useless += ['sizes']
+    if args.stage is not None and not takes_stage(args):
+        useless += ['stage']
     for name in useless:
         if getattr(args, name):
             option = '--' + name.replace('_', '-')
             raise OptionError(f'{option} has no effect on {args.target or args.preset}')
+
+
+def takes_stage(args: argparse.Namespace) -> bool:
+    """Whether the target is measured at the shapes of one stage."""
+    if is_op(args) or args.preset is not None:
+        return args.target in CASES
+    if args.target.endswith('.py'):
+        return False
+    models = importlib.import_module('.sweep_models', __package__)
+    return args.target not in models.backbone_suite.ARCHS
 
 
 def is_op(args: argparse.Namespace) -> bool:
@@ -131,7 +142,8 @@ def resolve_options(args: argparse.Namespace) -> ModelOptions:
         )
     if args.preset is not None:
         one_of('--preset', [args.preset], PRESETS)
-    one_of('--stage', [args.stage], STAGES)
+    if args.stage is not None:
+        one_of('--stage', [args.stage], STAGES)
     refuse_without_effect(args)
     for name in ('sizes', 'batch_sizes'):
         if len(getattr(args, name) or [0]) > 1:
@@ -182,10 +194,10 @@ def make_sweep(args: argparse.Namespace, options: ModelOptions) -> Sweep:
         OptionError: For an unknown target, or numbers of kv heads that do not fit.
     """
     chosen = args.kv_heads or ()
-    if args.preset == FIGURE_6:
-        return sweep_ops.op_sweep(sweep_ops.GQA_OP, STAGE, options, chosen, args.quick)
+    stage = STAGE if args.stage is None else args.stage
     if is_op(args):
-        return sweep_ops.op_sweep(args.target, args.stage, options, chosen, args.quick)
+        op = sweep_ops.GQA_OP if args.preset == FIGURE_6 else args.target
+        return sweep_ops.op_sweep(op, stage, options, chosen, args.quick)
     models = importlib.import_module('.sweep_models', __package__)
     if args.preset == PAPER:
         return models.published_sweep(options, chosen)
@@ -193,4 +205,4 @@ def make_sweep(args: argparse.Namespace, options: ModelOptions) -> Sweep:
         return models.detector_sweep(args.target, options, chosen)
     if args.target in models.backbone_suite.ARCHS:
         return models.backbone_sweep(args.target, options, chosen)
-    return models.layer_sweep(args.target, args.stage, options, chosen)
+    return models.layer_sweep(args.target, stage, options, chosen)

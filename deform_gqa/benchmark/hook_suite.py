@@ -29,7 +29,7 @@ from mmengine.runner import Runner
 
 from ..engine import RuntimeBenchmarkHook
 from . import hook_report
-from .common_options import check_positive
+from .common_options import check_out, check_positive
 from .environment import describe_environment
 from .errors import OptionError
 from .progress import progress
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     """
     for name in ('interval', 'pairs', 'threads'):
         check_positive(f'--{name}', [getattr(args, name)])
+    check_out(args.out)
     if args.interval < 3:
         raise OptionError(f'--interval must be at least 3, got {args.interval}')
     if not Path(args.config).is_file():

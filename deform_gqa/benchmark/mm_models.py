@@ -34,6 +34,9 @@ SCOPE = 'mmdet'
 MODULE_OPS = {
     'DeformableGQA': 'deform_attn',
     'NeighborhoodAttention': 'neighborhood_attn',
+    # of projects/multiview_deform_attn
+    'MultiViewDeformableAttention': 'deform_sdpa',
+    'PerQueryDeformableAttention': 'deform_sdpa',
 }
 
 

@@ -23,6 +23,7 @@ Layout of a dataset::
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +42,11 @@ from .shapes_drawing import Sample, make_sample
 
 METADATA_FILE = 'shapes.json'
 JPEG_QUALITY = 92
+_OWN_FILES = re.compile(
+    rf'{re.escape(METADATA_FILE)}'
+    rf'|annotations/({"|".join(SPLITS)})\.json'
+    rf'|images/({"|".join(SPLITS)})/\d{{6,}}\.jpg'
+)
 
 
 def sample_annotations(sample: Sample) -> list[dict[str, Any]]:
@@ -84,7 +90,8 @@ def generate_dataset(
         out_dir: where to; missing parents are made.
         workers: processes, >= 1; the output does not depend on it.
         overwrite: replace a dataset of other parameters. A folder that holds anything
-            else than a dataset of this generator is never replaced.
+            else than a dataset of this generator, or a file beside it, is never
+            replaced.
         on_image: called after each image, for a progress bar.
 
     Returns:
@@ -205,11 +212,17 @@ def _is_complete(config: ShapesConfig, out_dir: Path, overwrite: bool) -> bool:
         reason = f'holds this dataset, but {missing} is missing'
     else:
         reason = f'holds a dataset of other parameters ({_changes(metadata, config)})'
-    if overwrite:
-        return False
-    raise FileExistsError(
-        f'{out_dir} {reason}; overwrite it (--overwrite) or give another folder'
-    )
+    if not overwrite:
+        raise FileExistsError(
+            f'{out_dir} {reason}; overwrite it (--overwrite) or give another folder'
+        )
+    foreign = _foreign_file(out_dir)
+    if foreign is not None:
+        raise FileExistsError(
+            f'{out_dir} is not overwritten: {foreign} is not of a shapes dataset; move '
+            'it away or give another folder'
+        )
+    return False
 
 
 def _read_metadata(out_dir: Path) -> dict[str, Any] | None:
@@ -223,6 +236,16 @@ def _read_metadata(out_dir: Path) -> dict[str, Any] | None:
         return None
     if isinstance(metadata, dict) and metadata.get('generator') == __name__:
         return metadata
+    return None
+
+
+def _foreign_file(out_dir: Path) -> Path | None:
+    """The first file in the folder that this generator does not write."""
+    for path in sorted(out_dir.rglob('*')):
+        is_folder = path.is_dir() and not path.is_symlink()
+        name = path.relative_to(out_dir).as_posix()
+        if not is_folder and not _OWN_FILES.fullmatch(name):
+            return path
     return None
 
 

@@ -11,6 +11,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -27,6 +28,10 @@ __all__ = [
     'use_safe_loading',
 ]
 
+_ZIP_HEAD = b'PK'
+# Files of torch.save before version 1.6 start with this number, pickled.
+_OLD_HEAD = torch.serialization.MAGIC_NUMBER.to_bytes(10, 'little')
+_HEAD_LENGTH = 32
 _NUMPY_SCALARS = (np.bool_, np.int32, np.int64, np.uint8, np.uint32, np.float32)
 
 
@@ -102,11 +107,22 @@ def _explained(filename: str) -> Iterator[None]:
         raise ValueError(
             f'checkpoint {filename!r} was refused, because reading it could run code '
             f'({reason}). If you trust it, write its weights to a new file: '
-            "torch.save({'state_dict': torch.load(FILE, weights_only=False)"
-            "['state_dict']}, NEW_FILE)"
+            "torch.save({'state_dict': torch.load(FILE, weights_only=False)[KEY]}, "
+            "NEW_FILE), where KEY is 'state_dict' or 'model' or what else holds them"
         ) from error
     except (EOFError, RuntimeError) as error:
         raise ValueError(f'checkpoint {filename!r} cannot be read: {error}') from error
+
+
+def _check_head(filename: str) -> None:
+    """An error page or a git-lfs pointer is no danger: say that it is no checkpoint."""
+    with open(filename, 'rb') as file:
+        head = file.read(_HEAD_LENGTH)
+    if not head.startswith(_ZIP_HEAD) and _OLD_HEAD not in head:
+        raise ValueError(
+            f'checkpoint {filename!r} cannot be read: it starts with {head!r}, as '
+            'nothing that torch.save writes'
+        )
 
 
 def load_checkpoint(
@@ -129,6 +145,7 @@ def load_checkpoint(
     filename = os.path.expanduser(filename)
     if not os.path.isfile(filename):
         raise FileNotFoundError(f'checkpoint {filename!r} does not exist')
+    _check_head(filename)
     with _explained(filename), safe_globals(_allowed_globals()):
         return torch.load(
             filename,
@@ -151,16 +168,17 @@ def check_checkpoint(filename: str | Path) -> None:
 
 
 def load_from_http(url: str, map_location: str | torch.device | None = None) -> dict:
-    """As :func:`load_checkpoint`, for a web address; one process downloads."""
+    """As :func:`load_checkpoint`, for a web address; one process downloads first."""
+    folder = Path(torch.hub.get_dir(), 'checkpoints')  # torch's own cache
+    file = folder / Path(urlparse(url).path).name
     if get_rank() > 0:
         barrier()
-    with _explained(url), safe_globals(_allowed_globals()):
-        checkpoint = torch.hub.load_state_dict_from_url(
-            url, map_location=map_location, weights_only=True, progress=False
-        )
+    if not file.exists():  # other machines may have caches of their own
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), progress=False)
     if get_rank() == 0:
         barrier()
-    return checkpoint
+    return load_checkpoint(file, map_location)
 
 
 def load_from_local(

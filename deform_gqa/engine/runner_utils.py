@@ -63,7 +63,8 @@ def check_common_arguments(args: argparse.Namespace) -> None:
 
     Raises:
         FileNotFoundError: There is no config file at ``args.config``.
-        ValueError: A variable that ``args.launcher`` sets is missing.
+        ValueError: A variable that ``args.launcher`` sets is missing, or one that a
+            run without GPUs needs.
     """
     if not os.path.isfile(args.config):
         raise FileNotFoundError(f'config file {args.config!r} does not exist')
@@ -76,6 +77,19 @@ def check_common_arguments(args: argparse.Namespace) -> None:
                     f'{name}, which is not set; start a run with '
                     'tools/dist_*.sh or tools/slurm_*.sh'
                 )
+        if not torch.cuda.is_available():
+            _check_gloo_address(args.launcher)
+
+
+def _check_gloo_address(launcher: str) -> None:
+    """mmengine derives the address under Slurm, but for NCCL alone."""
+    for name in ('MASTER_ADDR', 'MASTER_PORT'):
+        if name not in os.environ:
+            raise ValueError(
+                f'launcher {launcher!r} without a GPU needs the environment variable '
+                f'{name}, which is not set; export the host (MASTER_ADDR) and a free '
+                'port (MASTER_PORT) of the process of rank 0'
+            )
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -132,7 +146,12 @@ def leave_process_group() -> None:
 
 
 def use_amp(cfg: Config) -> None:
-    """Turns on mixed precision: float16 on a GPU, bfloat16 on the CPU."""
+    """Turns on mixed precision: float16 on a GPU, bfloat16 on the CPU.
+
+    Raises:
+        ValueError: The config has no optimizer wrapper.
+    """
+    _check_has(cfg, 'optim_wrapper', '--amp')
     if torch.cuda.is_available():
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -140,6 +159,11 @@ def use_amp(cfg: Config) -> None:
         cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
         for option in ('loss_scale', 'dtype'):
             cfg.optim_wrapper.pop(option, None)
+
+
+def _check_has(cfg: Config, name: str, option: str) -> None:
+    if cfg.get(name) is None:
+        raise ValueError(f'{option} needs {name} in the config, got {cfg.get(name)!r}')
 
 
 def use_auto_scale_lr(cfg: Config) -> None:
@@ -164,7 +188,18 @@ def use_resumable_checkpoints(cfg: Config) -> None:
 
 
 def use_tta(cfg: Config) -> None:
-    """Tests on each image and its mirror image, unless the config says otherwise."""
+    """Tests on each image and its mirror image, unless the config says otherwise.
+
+    Raises:
+        ValueError: The config has no data to test on, or a detector with masks, which
+            MMDetection's own model for this cannot merge, and no ``tta_model``.
+    """
+    _check_has(cfg, 'test_dataloader', '--tta')
+    if 'tta_model' not in cfg and _predicts_masks(cfg.model):
+        raise ValueError(
+            '--tta: DetTTAModel merges boxes and no masks; give a tta_model in the '
+            f'config that can, or test without it (model {cfg.model.get("type")!r})'
+        )
     cfg.setdefault(
         'tta_model',
         dict(
@@ -179,6 +214,15 @@ def use_tta(cfg: Config) -> None:
         cfg.tta_pipeline = [*dataset.pipeline[:-1], _mirror_transform()]
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
     dataset.pipeline = cfg.tta_pipeline
+
+
+def _predicts_masks(model: dict) -> bool:
+    """Whether a model's config has a mask head, at whatever depth."""
+    return any(
+        (name in ('mask_head', 'panoptic_head') and value is not None)
+        or (isinstance(value, dict) and _predicts_masks(value))
+        for name, value in model.items()
+    )
 
 
 def _mirror_transform() -> dict:

@@ -41,6 +41,8 @@ TINY += ['--repeats', '2', '--min-time-s', '0.01']
         ('--repeats -1', '--repeats must be positive, got -1'),
         ('--min-time-s 0', '--min-time-s must be positive, got 0.0'),
         ('--min-time-s nan', '--min-time-s must be positive, got nan'),
+        ('--out setup.cfg', "--out 'setup.cfg' cannot be a folder: setup.cfg is a"),
+        ('--out setup.cfg/a', "--out 'setup.cfg/a' cannot be a folder: setup.cfg is"),
     ],
 )
 def test_wrong_options(benchmark_tool, capsys, options, message):

@@ -7,6 +7,7 @@ import pytest
 from test_report import make_report
 
 from deform_gqa.benchmark import comparison
+from deform_gqa.benchmark.report import Row
 from deform_gqa.benchmark.timing import Timing
 
 
@@ -150,6 +151,20 @@ def test_tolerance_is_checked(benchmark_tool, tmp_path, capsys):
     argv = ['compare', *make_pair(tmp_path), '--tolerance', '-1']
     assert benchmark_tool.main(argv) == 2
     assert '--tolerance must be 0 or more, got -1.0' in capsys.readouterr().err
+
+
+def test_out_is_checked(benchmark_tool, tmp_path, capsys):
+    argv = ['compare', *make_pair(tmp_path), '--out', str(tmp_path / 'after.json')]
+    assert benchmark_tool.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert 'after.json is a file' in err
+
+
+def test_unmeasured_rows_have_no_change():
+    row = Row('a', 'torch', 'forward', status='skipped')
+    with pytest.raises(ValueError, match='a was not measured in both reports'):
+        comparison.change(row, row)
 
 
 def test_picture_texts(tmp_path):

@@ -38,6 +38,7 @@ def options_for(folder: Path) -> list[str]:
         (f'{CONFIG} --batch-sizes 0', '--batch-sizes must be positive, got 0'),
         (f'{CONFIG} --batches 0', '--batches must be positive, got 0'),
         (f'{CONFIG} --images 0', '--images must be positive, got 0'),
+        (f'{CONFIG} --out setup.cfg', "--out 'setup.cfg' cannot be a folder"),
         ('configs/_base_/default_runtime.py', 'has no train_dataloader'),
     ],
 )

@@ -11,6 +11,10 @@ TINY = ['--device', 'cpu', '--repeats', '2', '--min-time-s', '0.01']
 SIZE = ['--sizes', '64x96']
 RETINANET = 'configs/quickstart/retinanet_dat-gqa-mini_fpn_shapes.py'
 MASK_RCNN = 'configs/quickstart/mask-rcnn_dat-gqa-mini_fpn_shapes.py'
+PER_QUERY = (
+    'projects/multiview_deform_attn/configs/'
+    'retinanet_dat-gqa-mini-per-query_fpn_shapes.py'
+)
 STOCK = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 
 
@@ -39,6 +43,14 @@ def test_wrong_options(benchmark_tool, capsys, options, message):
     out, err = capsys.readouterr()
     assert out == ''
     assert message in err.splitlines()[-1]
+
+
+def test_unsupported_backend_of_a_project(benchmark_tool, tmp_path):
+    """Its op says so before a call fails."""
+    argv = [PER_QUERY, *SIZE, '--backends', 'triton', '--directions', 'predict']
+    [row] = run(benchmark_tool, tmp_path, *argv).rows
+    assert row.status == 'unsupported'
+    assert 'Triton kernels run on CUDA devices' in row.reason
 
 
 def test_ours(benchmark_tool, tmp_path):

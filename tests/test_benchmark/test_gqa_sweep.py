@@ -30,6 +30,12 @@ def run(tool, tmp_path, *argv):
         ('deform_sdpa --batch-sizes 1 2', '--batch-sizes takes one value in a sweep'),
         ('deform_sdpa --sizes 8x8', '--sizes has no effect on deform_sdpa'),
         ('deform_attn --cfg-options a=1', '--cfg-options has no effect on deform_attn'),
+        ('t++ --stage 1', '--stage has no effect on t++'),
+        (f'{DETECTOR} --stage 1', f'--stage has no effect on {DETECTOR}'),
+        ('deform_sdpa --stage 1', '--stage has no effect on deform_sdpa'),
+        ('--preset gqa-fig6 --stage 3', '--stage has no effect on gqa-fig6'),
+        ('t++ --sizes 16x64', '--sizes 16x64: DAT takes images of at least 32x32'),
+        ('DepthwiseConv --kv-heads 1', '--kv-heads 1: DepthwiseConv has no kv heads'),
         ('deform_atn', "layer 'deform_atn' is not registered in mmdet.registry"),
         ('no.py', "config file 'no.py' does not exist"),
         (
@@ -123,6 +129,15 @@ def test_unsupported_backends_are_listed(benchmark_tool, tmp_path):
     ]
     text = (tmp_path / 'gqa-sweep.md').read_text()
     assert '- triton unsupported: Triton kernels run on CUDA devices' in text
+
+
+def test_an_op_without_backends(benchmark_tool, tmp_path):
+    argv = ['scaled_dot_product_gqa', '--backends', 'torch', '--kv-heads', '1']
+    report = run(benchmark_tool, tmp_path, *argv, '--batch-sizes', '1')
+    reasons = {(row.status, row.reason) for row in report.rows}
+    [(status, reason)] = reasons
+    assert status == 'unsupported'
+    assert reason.endswith('runs torch SDPA and has no backends')
 
 
 def test_picture_texts(benchmark_tool, tmp_path):

@@ -25,6 +25,7 @@ default_scope = 'mmengine'
         ('--pairs 0', '--pairs must be positive, got 0'),
         ('--threads 0', '--threads must be positive, got 0'),
         ('no.py', "config file 'no.py' does not exist"),
+        ('--out setup.cfg', "--out 'setup.cfg' cannot be a folder"),
     ],
 )
 def test_wrong_options(benchmark_tool, capsys, options, message):

@@ -46,3 +46,5 @@ def test_unwritable_counter_is_a_reason(monkeypatch, tmp_path):
     (tmp_path / 'status').write_text('VmRSS:   2048 kB\n')
     assert 'VmHWM' in unmeasurable_reason(CPU)
     assert memory._read_mib(tmp_path / 'status', 'VmRSS') == 2
+    with pytest.raises(OSError, match='status has no entry VmHWM'):
+        memory._read_mib(tmp_path / 'status', 'VmHWM')

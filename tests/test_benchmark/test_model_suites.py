@@ -29,6 +29,10 @@ DETECTOR = 'configs/quickstart/retinanet_dat-gqa-mini_fpn_shapes.py'
         ),
         ('layer FPN --kv-heads 1', '--kv-heads 1: FPN has no kv heads'),
         (
+            'layer DepthwiseConv --kv-heads one',
+            '--kv-heads one: DepthwiseConv has no kv heads',
+        ),
+        (
             'layer --kv-heads two',
             '--kv-heads takes config, full, half, one or a number',
         ),
@@ -56,6 +60,14 @@ def test_wrong_options(benchmark_tool, capsys, command, message):
     assert err.splitlines()[-1].startswith(
         f'benchmark.py {command.split()[0]}: error: '
     )
+
+
+@pytest.mark.parametrize('target', ['t++', DETECTOR])
+def test_images_too_small_for_dat(benchmark_tool, capsys, target):
+    argv = ['backbone', target, *TINY, '--sizes', '64x64', '16x64']
+    assert benchmark_tool.main(argv) == 2
+    message = '--sizes 16x64: DAT takes images of at least 32x32 pixels'
+    assert message in capsys.readouterr().err
 
 
 def run(tool, tmp_path, *argv):

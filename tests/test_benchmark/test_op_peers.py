@@ -7,6 +7,7 @@ from deform_gqa.benchmark.errors import GateError
 from deform_gqa.benchmark.flex_peers import FlexDeformAttn, FlexNeighborhoodAttn
 from deform_gqa.benchmark.gate import Gate
 from deform_gqa.benchmark.op_cases import CASES
+from deform_gqa.benchmark.sdpa_cases import QUICK_SWEEP, sdpa_cases
 
 CPU = torch.device('cpu')
 
@@ -77,6 +78,9 @@ def test_reasons():
         assert op_peers.unsupported_reason(case, backend, CPU, torch.float32) is None
     with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):
         op_peers.make_call(case, 'cuda')
+    case = sdpa_cases(QUICK_SWEEP, ['full'])[0]
+    with pytest.raises(ValueError, match="'flex' is not written for deform_sdpa"):
+        op_peers.make_call(case, 'flex')
 
 
 def test_calls_that_do_not_fit_are_known_before(monkeypatch):

@@ -289,6 +289,20 @@ def test_foreign_folders_are_never_replaced(tmp_path, text):
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    'name', ['notes.txt', 'annotations/test.json', 'images/train/mine.jpg', 'crops/a']
+)
+def test_files_beside_a_dataset_are_never_deleted(tmp_path, name):
+    folder = tmp_path / 'data'
+    generate_dataset(ShapesConfig(1, 0, (32, 32)), folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text('mine')
+    before = files_of(folder)
+    with pytest.raises(FileExistsError, match=f'{name} is not of a shapes dataset'):
+        generate_dataset(ShapesConfig(2, 0, (32, 32)), folder, overwrite=True)
+    assert files_of(folder) == before
+
+
 def test_empty_folder_is_filled(tmp_path):
     (tmp_path / 'empty').mkdir()
     config = ShapesConfig(num_train=1, num_val=0, image_size=(32, 32))

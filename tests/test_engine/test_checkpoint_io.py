@@ -1,3 +1,4 @@
+import argparse
 import http.server
 import os
 import re
@@ -128,6 +129,35 @@ def test_damaged_file(honest, length):
         check_checkpoint(file)
 
 
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'<!DOCTYPE html><html>not found</html>',
+        b'version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n',
+        b'state_dict: {}',
+        b'\x80\x02}q\x00.',
+    ],
+)
+def test_what_is_no_checkpoint_is_not_called_dangerous(tmp_path, content):
+    file = tmp_path / 'page.pth'
+    file.write_bytes(content)
+    message = re.escape(f'cannot be read: it starts with {content[:32]!r}')
+    with pytest.raises(ValueError, match=message):
+        check_checkpoint(file)
+
+
+@pytest.mark.parametrize('key', ['model', 'state_dict'])
+def test_advice_fits_every_wrapper(tmp_path, key):
+    file, new_file = tmp_path / 'options.pth', tmp_path / 'new.pth'
+    weights = dict(weight=torch.ones(1))
+    torch.save({key: weights, 'config': argparse.Namespace(a=1)}, file)
+    with pytest.raises(ValueError, match=r'options\.pth. was refused') as info:
+        check_checkpoint(file)
+    advice = re.search(r'new file: (.*\)), where KEY', str(info.value))[1]
+    eval(advice, dict(torch=torch, FILE=file, NEW_FILE=new_file, KEY=key))
+    assert load_checkpoint(new_file) == dict(state_dict=weights)
+
+
 def test_mmengine_reads_through_ours(malicious, honest):
     use_safe_loading()
     file, folder = malicious
@@ -152,6 +182,9 @@ def test_web_addresses(malicious, honest, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match='was refused'):
             CheckpointLoader.load_checkpoint(f'{address}/malicious.pth', 'cpu')
         loaded = CheckpointLoader.load_checkpoint(f'{address}/honest.pth', 'cpu')
+        (tmp_path / 'page.pth').write_text('<!DOCTYPE html>')
+        with pytest.raises(ValueError, match=r'page.pth. cannot be read.*DOCTYPE'):
+            CheckpointLoader.load_checkpoint(f'{address}/page.pth', 'cpu')
     finally:
         server.shutdown()
         server.server_close()

@@ -56,7 +56,37 @@ def test_missing_variable_of_a_launcher(config_file, monkeypatch, launcher, name
         check_common_arguments(make_args(config=config_file, launcher=launcher))
 
 
+@pytest.mark.parametrize(
+    ('launcher', 'names'),
+    [
+        ('slurm', ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID')),
+        (
+            'mpi',
+            (
+                'OMPI_COMM_WORLD_RANK',
+                'OMPI_COMM_WORLD_SIZE',
+                'OMPI_COMM_WORLD_LOCAL_RANK',
+            ),
+        ),
+    ],
+)
+def test_missing_address_without_a_gpu(config_file, monkeypatch, launcher, names):
+    for name in (*names, 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.setenv(name, '0')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    args = make_args(config=config_file, launcher=launcher)
+    check_common_arguments(args)
+    for name in ('MASTER_PORT', 'MASTER_ADDR'):
+        monkeypatch.delenv(name)
+        with pytest.raises(ValueError, match=f'{launcher!r} without .* {name}, which'):
+            check_common_arguments(args)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    check_common_arguments(args)
+
+
 def test_local_rank_reaches_the_environment(config_file, monkeypatch):
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
+    monkeypatch.setenv('MASTER_PORT', '29500')
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('LOCAL_RANK', 'to be removed')
@@ -94,6 +124,11 @@ def test_amp(monkeypatch):
     assert cfg.optim_wrapper == dict(
         type='BFloat16OptimWrapper', optimizer=dict(type='SGD')
     )
+
+
+def test_amp_without_optimizer_wrapper():
+    with pytest.raises(ValueError, match=r'--amp needs optim_wrapper .* got None'):
+        use_amp(Config(dict(model=dict(type='RetinaNet'))))
 
 
 def test_auto_scale_lr():
@@ -148,6 +183,40 @@ def test_tta_of_the_config():
     use_tta(cfg)
     assert cfg.model == dict(type='MyTTAModel', module=dict(type='RetinaNet'))
     assert cfg.test_dataloader.dataset.pipeline == [FLIP, PACK]
+
+
+MASKS = [
+    dict(type='Mask2Former', panoptic_head=dict(type='Mask2FormerHead')),
+    dict(type='SOLO', mask_head=dict(type='SOLOHead')),
+    dict(type='MaskRCNN', roi_head=dict(mask_head=dict(type='FCNMaskHead'))),
+    dict(type='CascadeRCNN', roi_head=dict(mask_head=[dict(type='FCNMaskHead')])),
+]
+
+
+@pytest.mark.parametrize('model', MASKS, ids=lambda model: model['type'])
+def test_tta_of_masks_needs_a_model_that_merges_them(model):
+    loader = dict(dataset=dict(type='CocoDataset', pipeline=[PACK]))
+    settings = dict(model=model, test_dataloader=loader)
+    cfg = Config(settings)
+    with pytest.raises(ValueError, match=f'merges boxes and no masks.*{model["type"]}'):
+        use_tta(cfg)
+    assert cfg.model == model
+    cfg = Config(dict(settings, tta_model=dict(type='MyTTAModel')))
+    use_tta(cfg)
+    assert cfg.model.type == 'MyTTAModel'
+
+
+def test_tta_without_masks_in_a_two_stage_model():
+    loader = dict(dataset=dict(type='CocoDataset', pipeline=[PACK]))
+    model = dict(type='FasterRCNN', roi_head=dict(bbox_head=dict(), mask_head=None))
+    cfg = Config(dict(model=model, test_dataloader=loader))
+    use_tta(cfg)
+    assert cfg.model.type == 'DetTTAModel'
+
+
+def test_tta_without_test_data():
+    with pytest.raises(ValueError, match=r'--tta needs test_dataloader .* got None'):
+        use_tta(Config(dict(model=dict(type='RetinaNet'))))
 
 
 def test_checkpoint_to_resume(tmp_path):

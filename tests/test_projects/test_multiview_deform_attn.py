@@ -156,9 +156,30 @@ def test_bad_options(kind, options, message):
         MODELS.get(kind)(dim=16, num_heads=4, **options)
 
 
+KINDS = ('PerQueryDeformableAttention', 'MultiViewDeformableAttention')
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+    ('options', 'error', 'message'),
+    [
+        (dict(attn_drop=1.5), ValueError, 'attn_drop .* got 1.5'),
+        (dict(proj_drop='0'), TypeError, "proj_drop .* got '0'"),
+        (dict(backend='trition'), ValueError, "backend .* got 'trition'"),
+        (dict(num_points=2.0), TypeError, 'num_points .* got 2.0'),
+        (dict(offset_groups=1.0), TypeError, 'offset_groups .* got 1.0'),
+    ],
+)
+def test_bad_shared_options(kind, options, error, message):
+    with pytest.raises(error, match=message):
+        MODELS.get(kind)(dim=16, num_heads=4, **options)
+
+
 @pytest.mark.parametrize(
     ('query', 'maps', 'points', 'message'),
     [
+        ((5, 16), [(1, 2, 16, 4, 4)], (1, 5, 2, 2), r'query must have .* \(5, 16\)'),
+        ((1, 16, 2, 2), [(1, 2, 16, 4, 4)], (1, 5, 2, 2), r'query must .* 16, 2, 2\)'),
         ((1, 5, 16), [(1, 2, 16, 4, 4)] * 2, (1, 5, 2, 2), 'num_levels=1 .* got 2'),
         ((1, 5, 8), [(1, 2, 16, 4, 4)], (1, 5, 2, 2), '16 channels, got 8'),
         ((1, 5, 16), [(1, 2, 8, 4, 4)], (1, 5, 2, 2), r'maps\[0\] must have shape'),

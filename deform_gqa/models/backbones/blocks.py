@@ -29,6 +29,30 @@ LETTERS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
+def resolve_overrides(
+    attention: Mapping[str, Any] | None,
+) -> dict[str, dict[str, Any]]:
+    """The overrides by block letter, as dicts of ``type`` and options.
+
+    mmengine takes ``_delete_`` out of a dict only where the base config has that key.
+
+    Raises:
+        TypeError: For what is no dict.
+    """
+    if attention is None:
+        return {}
+    overrides = {}
+    for letter, override in _without_delete('attention', attention).items():
+        overrides[letter] = _without_delete(f'attention[{letter!r}]', override)
+    return overrides
+
+
+def _without_delete(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(config, Mapping):
+        raise TypeError(f'{name} must be a dict, got {config!r}')
+    return {key: value for key, value in config.items() if key != '_delete_'}
+
+
 def check_letters(block_types, attention: Mapping[str, Any]) -> None:
     """Every block letter has a default class or one in ``attention``, and is used.
 
@@ -69,12 +93,13 @@ def build_attention(
 
     Raises:
         TypeError: For an option that the class does not take.
+        ValueError: For a type that is not registered.
     """
     default_type, arch_options = LETTERS.get(letter, (None, {}))
     options = dict(override)
     kind = options.pop('type', default_type)
     module_class = MODELS.get(kind) if isinstance(kind, str) else kind
-    if module_class is None:
+    if not callable(module_class):
         raise ValueError(f'attention[{letter!r}]: {kind!r} is not registered in MODELS')
     parameters = inspect.signature(module_class).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -8,11 +8,14 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers.checks import check_backend, check_int, check_rate
 from ..layers.norm import ChannelLayerNorm
-from .blocks import check_letters
+from .blocks import check_letters, resolve_overrides
 from .dat_arch import NUM_STAGES, resolve_arch
 from .dat_checkpoint import load_dat_checkpoint
 from .dat_stage import DATStage
+
+MIN_IMAGE_SIDE = 32  # pixels
 
 
 @MODELS.register_module()
@@ -44,10 +47,13 @@ class DAT(BaseModule):
         norm_eval: Keep batch norms (of overriding attention classes) in eval mode.
         backend: Backend of the attention ops: 'auto', 'naive', 'torch' or 'triton'.
         init_cfg: mmengine's. ``dict(type='Pretrained', checkpoint=...)`` takes official
-            DAT checkpoints of the classification and the detection repository.
+            DAT checkpoints of the classification and the detection repository, and
+            mmengine's ``prefix`` and ``map_location``; inside a list of several it is
+            mmengine's own, which resamples no bias table.
 
     Raises:
-        TypeError: For an attention option that its class does not take.
+        TypeError: For an attention option that its class does not take, or an option
+            of another type.
         ValueError: For any other option out of range, naming it and its value; in
             ``forward`` for images of less than 32 x 32 pixels.
 
@@ -72,18 +78,18 @@ class DAT(BaseModule):
     ):
         super().__init__(init_cfg)
         self.arch = resolve_arch(arch)
-        attention = {} if attention is None else attention
+        attention = resolve_overrides(attention)
         check_letters(self.arch['block_types'], attention)
-        kv_heads = self._by_stage('num_kv_heads', num_kv_heads)
-        checkpointed = self._by_stage('with_cp', with_cp)
+        kv_heads = self._by_stage('num_kv_heads', num_kv_heads, 'integer')
+        checkpointed = self._by_stage('with_cp', with_cp, 'flag')
         self._check(out_indices, frozen_stages)
         for name, rate in (
             ('drop_rate', drop_rate),
             ('attn_drop_rate', attn_drop_rate),
             ('drop_path_rate', drop_path_rate),
         ):
-            if not 0 <= rate < 1:
-                raise ValueError(f'{name} must be in [0, 1), got {rate}')
+            check_rate(name, rate)
+        check_backend(backend)
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -123,21 +129,28 @@ class DAT(BaseModule):
         self._freeze()
 
     @staticmethod
-    def _by_stage(name: str, value) -> Sequence:
+    def _by_stage(name: str, value, kind: str) -> Sequence:
         """``value`` for every stage, or what it says of each."""
         if value is None or isinstance(value, int):
             return (value,) * NUM_STAGES
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(
+                f'{name} must be one {kind} or a list of {NUM_STAGES}, got {value!r}'
+            )
         if len(value) != NUM_STAGES:
             raise ValueError(f'{name} must be one value or {NUM_STAGES}, got {value}')
         return value
 
     @staticmethod
     def _check(out_indices: Sequence[int], frozen_stages: int) -> None:
+        if not isinstance(out_indices, Sequence):
+            raise TypeError(f'out_indices must be a list, got {out_indices!r}')
         if not out_indices or not set(out_indices) <= set(range(NUM_STAGES)):
             raise ValueError(
                 f'out_indices must be among 0 to {NUM_STAGES - 1}, got {out_indices}'
             )
-        if not -1 <= frozen_stages <= NUM_STAGES:
+        check_int('frozen_stages', frozen_stages, -1)
+        if frozen_stages > NUM_STAGES:
             raise ValueError(
                 f'frozen_stages must be from -1 to {NUM_STAGES}, got {frozen_stages}'
             )
@@ -154,17 +167,32 @@ class DAT(BaseModule):
         )
 
     def init_weights(self) -> None:
-        """Loads ``init_cfg``'s checkpoint, or initialises as ``init_cfg`` says."""
-        if self.init_cfg is None or self.init_cfg.get('type') != 'Pretrained':
+        """Loads ``init_cfg``'s checkpoint, or initialises as ``init_cfg`` says.
+
+        Raises:
+            ValueError: For an option of 'Pretrained' that is missing or unknown, or a
+                checkpoint that does not fit.
+        """
+        cfg = self.init_cfg
+        if not isinstance(cfg, Mapping) or cfg.get('type') != 'Pretrained':
             super().init_weights()
             return
-        load_dat_checkpoint(self, self.init_cfg['checkpoint'])
+        options = {name: value for name, value in cfg.items() if name != 'type'}
+        known = {'checkpoint', 'prefix', 'map_location'}
+        if 'checkpoint' not in options or not set(options) <= known:
+            raise ValueError(
+                "init_cfg of type 'Pretrained' takes checkpoint and, if needed, prefix "
+                f'and map_location, got {dict(cfg)}'
+            )
+        load_dat_checkpoint(self, **options)
         self._is_init = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 32:
+        least = MIN_IMAGE_SIDE
+        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < least:
             raise ValueError(
-                f'images must be (B, 3, H, W) of at least 32 x 32, got {tuple(x.shape)}'
+                f'images must be (B, 3, H, W) of at least {least} x {least}, got '
+                f'{tuple(x.shape)}'
             )
         x = self.patch_proj(x)
         outs = []

@@ -4,8 +4,10 @@ Lists have one entry a stage. Values are those of the official configurations: D
 (arXiv 2201.00520) as released in 2022, DAT++ (arXiv 2309.01430) as of 2023.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ..layers.checks import check_int, check_number
 
 NUM_STAGES = 4
 
@@ -79,9 +81,10 @@ def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
     """A complete, checked arch dict from a name of the zoo or a dict.
 
     Raises:
-        TypeError: If ``arch`` is neither a string nor a mapping.
-        ValueError: For an unknown name or option, a missing option, or a list that has
-            not one entry a stage.
+        TypeError: If ``arch`` is neither a string nor a mapping, or an entry is no
+            number where one is needed.
+        ValueError: For an unknown name or option, a missing option, a value that is no
+            list of one entry a stage, or a number out of range.
     """
     if isinstance(arch, str):
         if arch not in ARCHS:
@@ -101,10 +104,12 @@ def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
     for name, value in arch.items():
         if name in ('conv_stem', 'stem_dim'):
             continue
-        if isinstance(value, str) or len(value) != NUM_STAGES:
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        if not is_list or len(value) != NUM_STAGES:
             raise ValueError(
                 f'arch option {name!r} must have {NUM_STAGES} entries, got {value!r}'
             )
+    _check_numbers(arch)
     for stage, (letters, depth) in enumerate(
         zip(arch['block_types'], arch['depths'], strict=True)
     ):
@@ -115,4 +120,19 @@ def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
             )
     if arch['stem_dim'] is None:
         arch['stem_dim'] = arch['embed_dims'][0]
+    # The first of two convolutions has half of the channels.
+    check_int("arch option 'stem_dim'", arch['stem_dim'], 2 if arch['conv_stem'] else 1)
     return arch
+
+
+def _check_numbers(arch: Mapping[str, Any]) -> None:
+    """What no attention module checks."""
+    for name in ('embed_dims', 'depths', 'num_heads', 'mlp_ratio', 'layer_scale'):
+        for stage, value in enumerate(arch[name]):
+            option = f'arch option {name!r} of stage {stage}'
+            if name in ('mlp_ratio', 'layer_scale'):
+                check_number(option, value)
+            else:
+                check_int(option, value, 1)
+            if name == 'mlp_ratio' and value <= 0:
+                raise ValueError(f'{option} must be positive, got {value}')

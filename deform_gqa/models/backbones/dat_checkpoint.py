@@ -14,7 +14,10 @@ CLASSIFIER = 'cls_'
 
 
 def load_dat_checkpoint(
-    model: nn.Module, checkpoint: str | Mapping
+    model: nn.Module,
+    checkpoint: str | Mapping,
+    prefix: str | None = None,
+    map_location: str = 'cpu',
 ) -> tuple[list[str], list[str]]:
     """Loads weights into a DAT backbone and logs what was missing or left over.
 
@@ -23,6 +26,9 @@ def load_dat_checkpoint(
         checkpoint: A path or URL that mmengine can load, or the loaded dict: a
             state_dict, or one under 'model' or 'state_dict', of a classifier, a
             backbone or a whole detector (prefix 'backbone.').
+        prefix: What the names of the wanted weights begin with; None for 'backbone.'
+            where there are such.
+        map_location: Device on which a file is read.
 
     Returns:
         Missing and unexpected keys: for an official classification checkpoint the
@@ -30,13 +36,14 @@ def load_dat_checkpoint(
 
     Raises:
         ValueError: If a tensor's shape does not fit and no resampling applies, as with
-            the projections of another number of kv heads, or if nothing fits at all.
+            the projections of another number of kv heads or a bias 'fixed' to its map
+            size, or if nothing fits at all.
     """
     source = 'checkpoint'
     if not isinstance(checkpoint, Mapping):
         source = str(checkpoint)
-        checkpoint = CheckpointLoader.load_checkpoint(source, map_location='cpu')
-    state = adapt_state_dict(checkpoint, model.state_dict(), source)
+        checkpoint = CheckpointLoader.load_checkpoint(source, map_location)
+    state = adapt_state_dict(checkpoint, model, source, prefix)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if len(unexpected) == len(state):
         raise ValueError(f'{source} holds no weight of this backbone')
@@ -49,20 +56,15 @@ def load_dat_checkpoint(
 
 
 def adapt_state_dict(
-    checkpoint: Mapping, target: Mapping[str, Tensor], source: str
+    checkpoint: Mapping, model: nn.Module, source: str, prefix: str | None
 ) -> dict[str, Tensor]:
     """The checkpoint's weights under this backbone's names and in its table sizes."""
     state = checkpoint
     for wrapper in ('model', 'state_dict'):
         if wrapper in state and isinstance(state[wrapper], Mapping):
             state = state[wrapper]
-    prefix = 'backbone.'
-    if any(name.startswith(prefix) for name in state):
-        state = {
-            name[len(prefix) :]: value
-            for name, value in state.items()
-            if name.startswith(prefix)
-        }
+    state = _under_prefix(state, prefix)
+    target = model.state_dict()
     adapted = {}
     for name, value in state.items():
         parts = name.split('.')
@@ -71,12 +73,27 @@ def adapt_state_dict(
         if 'layer_scales' in parts and parts[-1] == 'gamma':
             name = '.'.join([*parts[:-1], 'weight'])  # the detection repository's name
         if name in target and value.shape != target[name].shape:
-            value = _resample(name, value, target[name], source)
+            owner = model.get_submodule(name.rpartition('.')[0])
+            value = _resample(name, value, target[name], owner, source)
         adapted[name] = value
     return adapted
 
 
-def _resample(name: str, value: Tensor, like: Tensor, source: str) -> Tensor:
+def _under_prefix(state: Mapping, prefix: str | None) -> Mapping:
+    """The entries below a prefix, as mmengine reads it: with or without its dot."""
+    start = 'backbone.' if prefix is None else prefix.removesuffix('.') + '.'
+    if prefix is None and not any(name.startswith(start) for name in state):
+        return state
+    return {
+        name[len(start) :]: value
+        for name, value in state.items()
+        if name.startswith(start)
+    }
+
+
+def _resample(
+    name: str, value: Tensor, like: Tensor, owner: nn.Module, source: str
+) -> Tensor:
     """Bicubic resampling of a bias table, as in the official loader."""
     leaf = name.rsplit('.', 1)[-1]
     if leaf == 'relative_position_bias_table' and value.shape[1] == like.shape[1]:
@@ -85,7 +102,11 @@ def _resample(name: str, value: Tensor, like: Tensor, source: str) -> Tensor:
             table = value.T.reshape(1, -1, side, side)
             table = F.interpolate(table, (new_side, new_side), mode='bicubic')
             return table.reshape(-1, new_side**2).T
-    if leaf in ('rpe_table', 'rpb') and value.shape[:-2] == like.shape[:-2]:
+    # A dense bias has the name of a table; the sides of tables are 2 n - 1.
+    is_table = getattr(owner, 'position_bias', None) != 'fixed' and all(
+        side % 2 for side in value.shape[-2:]
+    )
+    if leaf in ('rpe_table', 'rpb') and is_table and value.shape[0] == like.shape[0]:
         return F.interpolate(value[None], like.shape[-2:], mode='bicubic')[0]
     raise ValueError(
         f'{source}: {name} has shape {tuple(value.shape)}, the backbone needs '

@@ -99,7 +99,7 @@ class DATStage(nn.Module):
 
     def _block(self, x: Tensor, d: int) -> Tensor:
         if self.use_lpu:
-            x = self.local_perception_units[d](x).add_(x)
+            x = self._add_lpu(x, d)
         drop_path = self.drop_path[d]
         if self.letters[d] == 'X':
             out = self.mlps[d](self.ln_cnvnxt[str(d)](self.attns[d](x)))
@@ -108,3 +108,8 @@ class DATStage(nn.Module):
         x = x + drop_path(self.layer_scales[2 * d](out))
         out = self.mlps[d](self.layer_norms[2 * d + 1](x))
         return x + drop_path(self.layer_scales[2 * d + 1](out))
+
+    def _add_lpu(self, x: Tensor, d: int) -> Tensor:
+        out = self.local_perception_units[d](x)
+        # Under autocast the convolution is in half precision and the maps are not.
+        return out.add_(x) if out.dtype == x.dtype else out + x

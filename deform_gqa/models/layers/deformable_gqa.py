@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 from mmdet.registry import MODELS
-from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from deform_gqa.ops import deform_attn, deform_sample
 
+from .checks import check_backend, check_int, check_number, check_rate, check_size
 from .heads import check_heads, merge_heads, split_heads
 from .norm import ChannelLayerNorm
 from .position_bias import POSITION_BIASES, build_position_bias, log_cpb_attention
@@ -64,10 +64,11 @@ class DeformableGQA(nn.Module):
         backend: Backend of :func:`deform_gqa.ops.deform_attn` and ``deform_sample``.
 
     Raises:
-        ValueError: For counts that do not divide, an unknown ``position_bias``, a
-            missing ``table_size``, a stride or kernel below 1; in ``forward`` for a map
-            that the 'fixed' bias is not made for, or smaller than the kernel of an
-            unpadded offset convolution.
+        TypeError: For an option of another type.
+        ValueError: For counts that do not divide, an unknown ``position_bias`` or
+            ``backend``, a missing ``table_size``, a stride or kernel below 1, a rate
+            out of range; in ``forward`` for a map that the 'fixed' bias is not made
+            for, or smaller than the kernel of an unpadded offset convolution.
 
     Source: Xia et al. (arXiv 2201.00520, 2309.01430), ``DAttentionBaseline`` of
     LeapLabTHU/DAT; Ainslie et al., "GQA" (arXiv 2305.13245).
@@ -92,7 +93,14 @@ class DeformableGQA(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
-        self._check(num_heads, offset_groups, stride, offset_kernel_size, position_bias)
+        check_int('offset_groups', offset_groups, 1)
+        check_int('stride', stride, 1)
+        check_int('offset_kernel_size', offset_kernel_size, 1)
+        check_number('offset_range_factor', offset_range_factor)
+        check_rate('attn_drop', attn_drop)
+        check_rate('proj_drop', proj_drop)
+        check_backend(backend)
+        self._check(num_heads, offset_groups, position_bias)
         self.offset_groups = offset_groups
         self.stride = stride
         self.offset_kernel_size = offset_kernel_size
@@ -100,6 +108,9 @@ class DeformableGQA(nn.Module):
         self.use_offset = use_offset
         self.backend = backend
         self.position_bias = position_bias if use_offset else None
+        if table_size is not None:
+            table_size = check_size('table_size', table_size)
+        self.table_size = table_size
 
         group_dim = dim // offset_groups
         kv_dim = dim // num_heads * self.num_kv_heads
@@ -128,26 +139,35 @@ class DeformableGQA(nn.Module):
             dim,
             num_heads,
             offset_groups,
-            None if table_size is None else to_2tuple(table_size),
-            stride,
+            table_size,
+            self._key_grid,
         )
 
     @staticmethod
-    def _check(num_heads, offset_groups, stride, offset_kernel_size, position_bias):
-        if offset_groups < 1 or num_heads % offset_groups:
+    def _check(num_heads, offset_groups, position_bias):
+        if num_heads % offset_groups:
             raise ValueError(
                 f'num_heads must be a multiple of offset_groups, got '
                 f'num_heads={num_heads}, offset_groups={offset_groups}'
             )
-        if stride < 1:
-            raise ValueError(f'stride must be at least 1, got {stride}')
-        if offset_kernel_size < 1:
-            raise ValueError(
-                f'offset_kernel_size must be at least 1, got {offset_kernel_size}'
-            )
         if position_bias not in POSITION_BIASES:
             raise ValueError(
                 f'position_bias must be one of {POSITION_BIASES}, got {position_bias!r}'
+            )
+
+    def _key_grid(self, map_size: tuple[int, int]) -> tuple[int, int]:
+        """Cells, and so keys, that the offset convolution makes of a map."""
+        self._check_map_size(map_size)
+        extra = 2 * self.conv_offset[0].padding[0] - self.offset_kernel_size
+        height, width = ((side + extra) // self.stride + 1 for side in map_size)
+        return height, width
+
+    def _check_map_size(self, map_size: tuple[int, int]) -> None:
+        kernel = self.offset_kernel_size
+        if kernel == self.stride and min(map_size) < kernel:
+            raise ValueError(
+                f'the map {map_size} is smaller than the unpadded offset kernel '
+                f'(offset_kernel_size = stride = {kernel})'
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,12 +192,7 @@ class DeformableGQA(nn.Module):
         Returns:
             float32 whatever the autocast dtype (float64 for float64 queries).
         """
-        kernel = self.offset_kernel_size
-        if kernel == self.stride and min(q_map.shape[2:]) < kernel:
-            raise ValueError(
-                f'the map {tuple(q_map.shape[2:])} is smaller than the unpadded offset '
-                f'kernel (offset_kernel_size = stride = {kernel})'
-            )
+        self._check_map_size(tuple(q_map.shape[2:]))
         dtype = torch.float64 if q_map.dtype == torch.float64 else torch.float32
         # bf16 offsets would move a sample by up to a third of a pixel of a wide map.
         with torch.autocast(q_map.device.type, enabled=False):
@@ -242,11 +257,10 @@ class DeformableGQA(nn.Module):
         )
 
     def _attend_fixed(self, q, k, v, grid_size, dropout_p) -> Tensor:
-        if (q.shape[2], k.shape[2]) != tuple(self.rpe_table.shape[1:]):
+        if grid_size != self.table_size:
             raise ValueError(
-                f"position_bias='fixed' is made for {self.rpe_table.shape[1]} queries "
-                f'and {self.rpe_table.shape[2]} keys, got a map {grid_size} with '
-                f'{k.shape[2]} keys'
+                f"position_bias='fixed' is made for maps of table_size="
+                f'{self.table_size}, got a map {grid_size}'
             )
         k, v = (
             t.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for t in (k, v)

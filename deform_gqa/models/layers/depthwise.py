@@ -3,6 +3,8 @@
 from mmdet.registry import MODELS
 from torch import nn
 
+from .checks import check_int
+
 
 @MODELS.register_module()
 class DepthwiseConv(nn.Conv2d):
@@ -12,21 +14,16 @@ class DepthwiseConv(nn.Conv2d):
         dim: Number of channels C.
         num_heads: Unused; part of the interface that all blocks share.
         kernel_size: Odd side of the kernel.
-        num_kv_heads: Unused, as ``num_heads``.
 
     Raises:
+        TypeError: If ``kernel_size`` is no integer.
         ValueError: If ``kernel_size`` is not odd.
 
     Source: block letter X of LeapLabTHU/DAT.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 1,
-        kernel_size: int = 7,
-        num_kv_heads: int | None = None,
-    ):
-        if kernel_size < 1 or kernel_size % 2 == 0:
+    def __init__(self, dim: int, num_heads: int = 1, kernel_size: int = 7):
+        check_int('kernel_size', kernel_size, 1)
+        if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd, got {kernel_size}')
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)

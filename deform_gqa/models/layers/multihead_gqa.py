@@ -6,16 +6,19 @@ from torch import Tensor, nn
 
 from ...ops import checks
 from ...ops.gqa import attend_grouped, causal_mask
+from .checks import check_rate
 
 
 @MODELS.register_module()
 class MultiheadGQA(nn.Module):
     """Multi-head attention with fewer key / value heads than query heads.
 
-    Stands in for ``nn.MultiheadAttention(batch_first=True)``: masks mean the same,
-    and with ``kv_heads == query_heads`` and ``layer_norm=False`` so do outputs. Two
-    differences: a query that may attend to nothing gets zeros from the attention, not
-    nan; weights are returned only on demand, with the heads last.
+    With ``kv_heads == query_heads`` and ``layer_norm=False`` (the default is True)
+    outputs are those of ``nn.MultiheadAttention(batch_first=True)`` with the same
+    weights, and masks mean the same. The call differs: pass what comes after ``value``
+    by name, as the order is another; inputs have a batch dimension; weights are
+    returned only on demand, with the heads last; a query that may attend to nothing
+    gets zeros from the attention, not nan.
 
     Parameters have the names of the original and its initialisation; its checkpoints
     load. Its limits on the head dimension (a multiple of 8 up to 128) came from an old
@@ -35,6 +38,7 @@ class MultiheadGQA(nn.Module):
         dtype: dtype of the parameters.
 
     Raises:
+        TypeError: For a dropout that is no number.
         ValueError: For numbers of channels or heads that do not divide each other, or
             a dropout out of range.
 
@@ -66,8 +70,7 @@ class MultiheadGQA(nn.Module):
                 f'query_heads must be a multiple of kv_heads, got '
                 f'query_heads={query_heads}, kv_heads={kv_heads}'
             )
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f'dropout must be in [0, 1), got {dropout}')
+        check_rate('dropout', dropout)
         self.embed_dim = embed_dim
         self.query_heads = query_heads
         self.kv_heads = kv_heads

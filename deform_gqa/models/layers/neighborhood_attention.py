@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from deform_gqa.ops import neighborhood_attn
 
+from .checks import check_backend, check_int, check_rate
 from .heads import check_heads, split_qkv
 
 
@@ -29,8 +30,9 @@ class NeighborhoodAttention(nn.Module):
         backend: Backend of :func:`deform_gqa.ops.neighborhood_attn`.
 
     Raises:
+        TypeError: For an option of another type.
         ValueError: For head counts that do not divide, a ``kernel_size`` that is even
-            or below 3, a ``dilation`` below 1.
+            or below 3, a ``dilation`` below 1, a rate out of range, an unknown backend.
 
     Source: Hassani et al. (arXiv 2204.07143); ``NeighborhoodAttention2D`` of
     LeapLabTHU/DAT on NATTEN 0.14.
@@ -50,12 +52,15 @@ class NeighborhoodAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
+        check_int('kernel_size', kernel_size, 1)
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise ValueError(
                 f'kernel_size must be odd and at least 3, got {kernel_size}'
             )
-        if dilation < 1:
-            raise ValueError(f'dilation must be at least 1, got {dilation}')
+        check_int('dilation', dilation, 1)
+        check_rate('attn_drop', attn_drop)
+        check_rate('proj_drop', proj_drop)
+        check_backend(backend)
         self.kernel_size = kernel_size
         self.dilation = dilation
         self.backend = backend

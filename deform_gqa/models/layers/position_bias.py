@@ -1,6 +1,7 @@
 """The official position biases of deformable attention."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,23 +23,24 @@ def build_position_bias(
     num_heads: int,
     offset_groups: int,
     table_size: tuple[int, int] | None,
-    stride: int,
+    key_grid: Callable[[tuple[int, int]], tuple[int, int]],
 ) -> nn.Parameter | nn.Module | None:
     """``rpe_table`` of the official block: a parameter, a module, or None.
+
+    ``key_grid`` tells the grid of sampled keys from the size of a map.
 
     Raises:
         ValueError: If 'table' or 'fixed' come without ``table_size``.
     """
     if kind in ('table', 'fixed'):
-        if table_size is None or min(table_size) < 1:
+        if table_size is None:
             raise ValueError(
-                f'position_bias={kind!r} needs a table_size (height, width) of at '
-                f'least 1, got {table_size}'
+                f'position_bias={kind!r} needs a table_size (height, width), got None'
             )
         height, width = table_size
         shape = (2 * height - 1, 2 * width - 1)
         if kind == 'fixed':
-            shape = (height * width, (height // stride) * (width // stride))
+            shape = (height * width, math.prod(key_grid(table_size)))
         table = nn.Parameter(torch.zeros(num_heads, *shape))
         trunc_normal_(table, std=0.01)
         return table

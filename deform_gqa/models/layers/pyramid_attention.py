@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from deform_gqa.ops.naive import repeat_kv
 
+from .checks import check_int, check_rate
 from .heads import check_heads, merge_heads, split_heads
 from .norm import ChannelLayerNorm
 
@@ -24,7 +25,9 @@ class PyramidAttention(nn.Module):
         proj_drop: Dropout of the output, in [0, 1).
 
     Raises:
-        ValueError: For head counts that do not divide or ``sr_ratio`` below 1.
+        TypeError: For an option of another type.
+        ValueError: For head counts that do not divide, ``sr_ratio`` below 1, or a rate
+            out of range.
 
     Source: Wang et al., "Pyramid Vision Transformer" (arXiv 2102.12122);
     ``PyramidAttention`` of LeapLabTHU/DAT.
@@ -42,8 +45,9 @@ class PyramidAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
-        if sr_ratio < 1:
-            raise ValueError(f'sr_ratio must be at least 1, got {sr_ratio}')
+        check_int('sr_ratio', sr_ratio, 1)
+        check_rate('attn_drop', attn_drop)
+        check_rate('proj_drop', proj_drop)
         self.sr_ratio = sr_ratio
         kv_dim = dim // num_heads * self.num_kv_heads
         self.q = nn.Conv2d(dim, dim, 1)

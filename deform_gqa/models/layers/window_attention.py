@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmengine.model.weight_init import trunc_normal_
-from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from deform_gqa.ops.naive import repeat_kv
 
+from .checks import check_rate, check_size
 from .heads import check_heads, split_qkv
 from .window_grid import WindowGrid
 
@@ -45,7 +45,9 @@ class WindowAttention(nn.Module):
         proj_drop: Dropout of the output, in [0, 1).
 
     Raises:
-        ValueError: For head counts that do not divide or a ``window_size`` below 1.
+        TypeError: For an option of another type.
+        ValueError: For head counts that do not divide, a ``window_size`` below 1, or a
+            rate out of range.
 
     Source: Liu et al., "Swin Transformer" (arXiv 2103.14030); ``LocalAttention`` of
     LeapLabTHU/DAT.
@@ -63,9 +65,9 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
-        self.window_size = to_2tuple(window_size)
-        if min(self.window_size) < 1:
-            raise ValueError(f'window_size must be at least 1, got {window_size}')
+        self.window_size = check_size('window_size', window_size)
+        check_rate('attn_drop', attn_drop)
+        check_rate('proj_drop', proj_drop)
         self.shift = (0, 0)
         # (kinds, h * w, h * w) added to the logits of each kind of window, or None
         self.register_buffer('masks', None, persistent=False)
@@ -96,7 +98,7 @@ class WindowAttention(nn.Module):
             for windows, bias in zip(
                 qkv.split(grid.counts), self._biases(), strict=True
             )
-            if windows.shape[0] > 0
+            if windows.shape[0] > 0 or grid.batch == 0
         ]
         out = grid.scatter(torch.cat(outs) if len(outs) > 1 else outs[0])
         return self.proj_drop(self.proj_out(out)).permute(0, 3, 1, 2)
@@ -131,6 +133,7 @@ class ShiftedWindowAttention(WindowAttention):
     Args: as in :class:`WindowAttention`.
 
     Raises:
+        TypeError: As :class:`WindowAttention`.
         ValueError: As :class:`WindowAttention`, and for a ``window_size`` below 2.
 
     Source: Liu et al. (arXiv 2103.14030); ``ShiftWindowAttention`` of LeapLabTHU/DAT,

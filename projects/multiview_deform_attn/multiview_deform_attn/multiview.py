@@ -6,6 +6,7 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
+from deform_gqa.models.layers.checks import check_backend, check_int, check_rate
 from deform_gqa.models.layers.heads import check_heads
 from deform_gqa.ops import deform_sdpa
 
@@ -33,8 +34,10 @@ class MultiViewDeformableAttention(nn.Module):
         backend: Backend of :func:`deform_gqa.ops.deform_sdpa`.
 
     Raises:
-        ValueError: For counts that do not divide; in ``forward`` for maps or reference
-            points whose shapes do not fit.
+        TypeError: For an option of another type.
+        ValueError: For counts that do not divide, a rate out of range or an unknown
+            backend; in ``forward`` for a query, maps or reference points whose shapes
+            do not fit.
 
     Source: Zhu et al., "Deformable DETR" (arXiv 2010.04159) and Li et al., "BEVFormer"
     (arXiv 2203.17270), with attention weights from queries and keys instead of a
@@ -57,14 +60,17 @@ class MultiViewDeformableAttention(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
         groups = self.num_kv_heads if offset_groups is None else offset_groups
-        if groups < 1 or num_heads % groups:
+        check_int('offset_groups', groups, 1)
+        if num_heads % groups:
             raise ValueError(
                 f'num_heads must be a multiple of offset_groups, got '
                 f'num_heads={num_heads}, offset_groups={groups}'
             )
         for name, count in (('num_levels', num_levels), ('num_points', num_points)):
-            if count < 1:
-                raise ValueError(f'{name} must be at least 1, got {count}')
+            check_int(name, count, 1)
+        check_rate('attn_drop', attn_drop)
+        check_rate('proj_drop', proj_drop)
+        check_backend(backend)
         self.dim = dim
         self.num_levels = num_levels
         self.offset_shape = (groups, num_levels, num_points, 2)
@@ -122,6 +128,10 @@ class MultiViewDeformableAttention(nn.Module):
         if len(maps) != self.num_levels:
             raise ValueError(
                 f'maps must hold num_levels={self.num_levels} scales, got {len(maps)}'
+            )
+        if query.ndim != 3:
+            raise ValueError(
+                f'query must have shape (B, N, C), got {tuple(query.shape)}'
             )
         batch, num_queries, channels = query.shape
         views = maps[0].shape[1]

@@ -4,6 +4,7 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
+from deform_gqa.models.layers.checks import check_backend, check_int, check_rate
 from deform_gqa.models.layers.heads import check_heads
 from deform_gqa.models.layers.norm import ChannelLayerNorm
 from deform_gqa.ops import deform_sdpa
@@ -34,7 +35,9 @@ class PerQueryDeformableAttention(nn.Module):
         backend: Backend of :func:`deform_gqa.ops.deform_sdpa`.
 
     Raises:
-        ValueError: For counts that do not divide, no points or an even kernel.
+        TypeError: For an option of another type.
+        ValueError: For counts that do not divide, no points, an even kernel, a rate
+            out of range or an unknown backend.
 
     Source: the samples are per query as in Deformable DETR (arXiv 2010.04159), the
     offset network is that of DAT (arXiv 2201.00520).
@@ -55,14 +58,18 @@ class PerQueryDeformableAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
-        if offset_groups < 1 or num_heads % offset_groups:
+        check_int('offset_groups', offset_groups, 1)
+        check_int('num_points', num_points, 1)
+        check_int('offset_kernel_size', offset_kernel_size, 1)
+        check_rate('attn_drop', attn_drop)
+        check_rate('proj_drop', proj_drop)
+        check_backend(backend)
+        if num_heads % offset_groups:
             raise ValueError(
                 f'num_heads must be a multiple of offset_groups, got '
                 f'num_heads={num_heads}, offset_groups={offset_groups}'
             )
-        if num_points < 1:
-            raise ValueError(f'num_points must be at least 1, got {num_points}')
-        if offset_kernel_size < 1 or offset_kernel_size % 2 == 0:
+        if offset_kernel_size % 2 == 0:
             raise ValueError(
                 f'offset_kernel_size must be odd, got {offset_kernel_size}'
             )

@@ -1,17 +1,21 @@
+from pathlib import Path
+
 import pytest
 import torch
 from golden import check_against_golden, load_golden, load_state, sub_dict
 from mmdet.registry import MODELS
+from mmengine.config import Config
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from deform_gqa.models import DAT, DeformableGQA, PyramidAttention, WindowAttention
-from deform_gqa.models.backbones.dat_arch import ARCHS
+from deform_gqa.models.backbones.dat_arch import ARCHS, resolve_arch
 from deform_gqa.models.backbones.dat_checkpoint import (
     DROPPED_BUFFERS,
     load_dat_checkpoint,
 )
+from deform_gqa.models.backbones.dat_stage import DATStage
 
 MINI = dict(
     embed_dims=(8, 16, 32, 64),
@@ -138,6 +142,67 @@ def test_tables_of_another_size_are_resampled(tmp_path):
     assert loaded[window][40, 1] == pytest.approx(12, abs=1e-3)
 
 
+@pytest.mark.parametrize('kinds', [('table', 'fixed'), ('fixed', 'table')])
+def test_dense_biases_are_not_resampled(kinds):
+    source, target = (mini(arch=dict(position_bias=(kind,) * 4)) for kind in kinds)
+    with pytest.raises(ValueError, match=r'attns.1.rpe_table has shape .* needs'):
+        load_dat_checkpoint(target, source.state_dict())
+    assert load_dat_checkpoint(source, source.state_dict()) == ([], [])
+
+
+def readme_configs():
+    """The Python examples of the README's section on the backbone, executed."""
+    text = Path(__file__).parents[3].joinpath('README.md').read_text(encoding='utf-8')
+    section = text.split('### Put the backbone into your detector')[1].split('###')[0]
+    for block in section.split('```python\n')[1:]:
+        config = {}
+        exec(block.split('```')[0], config)
+        yield config
+
+
+def test_readme_example_loads_an_official_checkpoint(tmp_path):
+    path = str(tmp_path / 'dat_pp_tiny.pth')
+    torch.save({'model': zeros_of(load_state('dat_tiny_pp')['state'])}, path)
+    [config] = readme_configs()
+    backbone = {**config['model']['backbone']}
+    del backbone['_delete_']
+    backbone['init_cfg'] = dict(backbone['init_cfg'], checkpoint=path)
+    model = MODELS.build(backbone)
+    model.init_weights()
+    assert not model.stages[0].attns[0].qkv.weight.any()
+    dims = [ARCHS['t++']['embed_dims'][i] for i in model.out_indices]
+    assert config['model']['neck']['in_channels'] == dims
+
+
+class TestInitCfg:
+    def test_list(self):
+        model = mini(init_cfg=[dict(type='Constant', layer='Conv2d', val=0.5)])
+        model.init_weights()
+        assert (model.patch_proj[0].weight == 0.5).all()
+
+    @pytest.mark.parametrize('prefix', ['encoder.', 'encoder'])
+    def test_prefix_and_map_location(self, tmp_path, prefix):
+        path = str(tmp_path / 'encoder.pth')
+        state = {f'encoder.{n}': v + 1 for n, v in mini().state_dict().items()}
+        torch.save({'state_dict': state, 'meta': {}}, path)
+        cfg = dict(type='Pretrained', checkpoint=path, map_location='cpu')
+        model = mini(init_cfg=dict(cfg, prefix=prefix))
+        model.init_weights()
+        assert_close(
+            model.state_dict(), {n: v + 1 for n, v in mini().state_dict().items()}
+        )
+        with pytest.raises(ValueError, match='holds no weight'):
+            mini(init_cfg=dict(cfg, prefix='backbone')).init_weights()
+
+    @pytest.mark.parametrize(
+        'options', [dict(), dict(checkpoint='a.pth', revision='main')]
+    )
+    def test_wrong_options_of_pretrained(self, options):
+        model = mini(init_cfg=dict(type='Pretrained', **options))
+        with pytest.raises(ValueError, match=r'takes checkpoint .* got .*Pretrained'):
+            model.init_weights()
+
+
 def test_checkpoint_of_another_number_of_kv_heads():
     state = mini().state_dict()
     with pytest.raises(ValueError, match=r'proj_qkv.weight has shape \(48, 16\)'):
@@ -206,6 +271,23 @@ def test_checkpointing_changes_nothing():
     for plain, *checkpointed in zip(*grads, strict=True):
         for grad in checkpointed:
             assert_close(grad, plain)
+
+
+@pytest.mark.parametrize('letters', ['ND', 'LS', 'PX'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_residual_stream_in_float32(letters, dtype):
+    arch = resolve_arch({**MINI, 'block_types': (letters,) * 4})
+    stage = DATStage(arch, 1, 16, {}, [0.0, 0.0], 0.0, False)
+    x = torch.rand(1, 16, 6, 9)
+    with torch.autocast('cpu', dtype):
+        out = stage(x)
+    assert out.dtype == torch.float32
+    assert_close(out, stage(x), rtol=0.05, atol=0.05)
+    convolved = []
+    unit = stage.local_perception_units[0]
+    unit.register_forward_hook(lambda *args: convolved.append(args[2]))
+    assert stage._add_lpu(x, 0) is convolved[0]  # in place: no map of its own
+    assert stage.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -302,12 +384,37 @@ class TestAttentionOverrides:
         with pytest.raises(TypeError, match=r"no option \['stride'\].*_delete_"):
             mini(attention=dict(D=override))
 
+    def test_delete_where_the_base_config_has_no_such_letter(self, tmp_path):
+        """mmengine takes ``_delete_`` out only of what it replaces."""
+        base = dict(model=dict(type='DAT', arch=MINI))
+        Config(base).dump(tmp_path / 'base.py')
+        override = "D=dict(type='PyramidAttention', _delete_=True, sr_ratio=2)"
+        for attention in (f'dict({override})', f'dict({override}, _delete_=True)'):
+            heir = tmp_path / 'heir.py'
+            heir.write_text(
+                f"_base_ = 'base.py'\nmodel = dict(attention={attention})\n"
+            )
+            model = MODELS.build(Config.fromfile(heir).model)
+            assert model.stages[3].attns[0].sr_ratio == 2
+
+    @pytest.mark.parametrize(
+        ('attention', 'message'),
+        [
+            (dict(D='PyramidAttention'), r"attention\['D'\] must be a dict, got 'Py"),
+            (['D'], r"attention must be a dict, got \['D'\]"),
+        ],
+    )
+    def test_overrides_of_another_type(self, attention, message):
+        with pytest.raises(TypeError, match=message):
+            mini(attention=attention)
+
     @pytest.mark.parametrize(
         ('options', 'message'),
         [
             (dict(attention=dict(Z=dict(type='PyramidAttention'))), r"letters \['Z'\]"),
             (dict(arch=dict(block_types=('ND', 'LS', 'PX', 'DQ'))), "letter 'Q'"),
             (dict(attention=dict(D=dict(type='NoSuchThing'))), "'NoSuchThing'"),
+            (dict(attention=dict(D=dict(type=3))), '3 is not registered'),
         ],
     )
     def test_bad_letters(self, options, message):
@@ -340,6 +447,36 @@ class TestAttentionOverrides:
         (dict(arch=MINI, frozen_stages=5), ValueError, 'frozen_stages .* got 5'),
         (dict(arch=MINI, drop_path_rate=1.0), ValueError, 'drop_path_rate .* got 1.0'),
         (dict(arch=MINI, drop_rate=-0.1), ValueError, 'drop_rate .* got -0.1'),
+        (dict(arch={**MINI, 'lpu': True}), ValueError, "'lpu' must have 4 .* got True"),
+        (dict(arch={**MINI, 'mlp_ratio': 4}), ValueError, "'mlp_ratio' .* got 4"),
+        (
+            dict(arch={**MINI, 'position_bias': None}),
+            ValueError,
+            "'position_bias' must have 4 entries, got None",
+        ),
+        (
+            dict(arch={**MINI, 'depths': (2.0, 2, 2, 2)}),
+            TypeError,
+            "'depths' of stage 0 must be an integer, got 2.0",
+        ),
+        (
+            dict(arch={**MINI, 'layer_scale': (-1, None, -1, -1)}),
+            TypeError,
+            "'layer_scale' of stage 1 must be a number, got None",
+        ),
+        (
+            dict(arch={**MINI, 'mlp_ratio': (4, 4, 4, 0)}),
+            ValueError,
+            "'mlp_ratio' of stage 3 must be positive, got 0",
+        ),
+        (dict(arch={**MINI, 'stem_dim': 1}), ValueError, "'stem_dim' .* got 1"),
+        (dict(arch=MINI, out_indices=3), TypeError, 'out_indices .* got 3'),
+        (dict(arch=MINI, num_kv_heads=1.0), TypeError, 'num_kv_heads .* got 1.0'),
+        (dict(arch=MINI, with_cp='True'), TypeError, "with_cp .* flag .* got 'True'"),
+        (dict(arch=MINI, frozen_stages='1'), TypeError, "frozen_stages .* got '1'"),
+        (dict(arch=MINI, frozen_stages=-2), ValueError, 'frozen_stages .* got -2'),
+        (dict(arch=MINI, drop_path_rate='0.1'), TypeError, "drop_path_rate .*'0.1'"),
+        (dict(arch=MINI, backend='trition'), ValueError, "backend .* got 'trition'"),
     ],
 )
 def test_bad_options(options, error, message):

@@ -106,7 +106,7 @@ def test_autocast(module_class):
     [
         (dict(num_heads=5), 'dim=32, num_heads=5'),
         (dict(num_heads=4, num_kv_heads=3), 'num_kv_heads=3'),
-        (dict(num_heads=4, num_kv_heads=0), 'num_kv_heads=0'),
+        (dict(num_heads=4, num_kv_heads=0), 'num_kv_heads .* got 0'),
     ],
 )
 def test_bad_heads(module_class, options, message):
@@ -136,7 +136,92 @@ def test_bad_options(module_class, options, message):
         module_class(DIM, HEADS, **options)
 
 
+@pytest.mark.parametrize('module_class', ATTENTION)
+@pytest.mark.parametrize(
+    ('options', 'error', 'message'),
+    [
+        (dict(num_kv_heads=1.0), TypeError, 'num_kv_heads .* integer, got 1.0'),
+        (dict(num_heads=4.0), TypeError, 'num_heads .* integer, got 4.0'),
+        (dict(attn_drop=1.5), ValueError, r'attn_drop must be in \[0, 1\), got 1.5'),
+        (dict(proj_drop='0.1'), TypeError, "proj_drop must be a number, got '0.1'"),
+        (dict(proj_drop=True), TypeError, 'proj_drop must be a number, got True'),
+    ],
+)
+def test_bad_shared_options(module_class, options, error, message):
+    options = {**ATTENTION[module_class], 'num_heads': HEADS, **options}
+    with pytest.raises(error, match=message):
+        module_class(DIM, **options)
+
+
+@pytest.mark.parametrize(
+    ('module_class', 'options', 'message'),
+    [
+        (DeformableGQA, dict(table_size=(4, 4, 4)), r'table_size .* \(4, 4, 4\)'),
+        (DeformableGQA, dict(table_size=8.0), 'table_size .* got 8.0'),
+        (DeformableGQA, dict(table_size=8, stride=2.0), 'stride .* got 2.0'),
+        (
+            DeformableGQA,
+            dict(table_size=8, offset_range_factor=None),
+            'offset_range_factor must be a number, got None',
+        ),
+        (NeighborhoodAttention, dict(kernel_size=(3, 3)), r'kernel_size .* \(3, 3\)'),
+        (PyramidAttention, dict(sr_ratio='2'), "sr_ratio .* got '2'"),
+        (WindowAttention, dict(window_size=(4, 4, 4)), r'window_size .* \(4, 4, 4\)'),
+        (DepthwiseConv, dict(kernel_size=(3, 3)), r'kernel_size .* got \(3, 3\)'),
+    ],
+)
+def test_options_of_another_type(module_class, options, message):
+    with pytest.raises(TypeError, match=message):
+        module_class(DIM, HEADS, **options)
+
+
+@pytest.mark.parametrize('module_class', [DeformableGQA, NeighborhoodAttention])
+def test_unknown_backend(module_class):
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'trition'"):
+        module_class(DIM, HEADS, **ATTENTION[module_class], backend='trition')
+
+
+@pytest.mark.parametrize('module_class', [WindowAttention, ShiftedWindowAttention])
+def test_empty_batch_of_windows(module_class):
+    module = module_class(DIM, HEADS, window_size=4)
+    x = torch.zeros(0, DIM, 6, 9, requires_grad=True)
+    out = module(x)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not module.proj_qkv.weight.grad.any()
+
+
 class TestDeformableGQA:
+    @pytest.mark.parametrize(
+        ('size', 'options'),
+        [
+            ((7, 7), dict(stride=2)),
+            ((6, 8), dict(stride=2, offset_kernel_size=4)),
+            ((9, 7), dict(stride=3, offset_kernel_size=3)),
+            ((5, 8), dict(stride=3)),
+        ],
+    )
+    def test_fixed_bias_runs_at_its_own_size(self, size, options):
+        module = DeformableGQA(
+            DIM, HEADS, table_size=size, position_bias='fixed', **options
+        )
+        assert module(torch.rand(1, DIM, *size)).shape == (1, DIM, *size)
+        with pytest.raises(ValueError, match=r"'fixed' is made for .* got a map"):
+            module(torch.rand(1, DIM, size[0], size[1] + 1))
+
+    def test_fixed_bias_of_a_transposed_map(self):
+        module = DeformableGQA(DIM, HEADS, table_size=(4, 8), position_bias='fixed')
+        with pytest.raises(
+            ValueError, match=r'table_size=\(4, 8\), got a map \(8, 4\)'
+        ):
+            module(torch.rand(1, DIM, 8, 4))
+
+    def test_fixed_bias_of_a_map_without_keys(self):
+        options = dict(stride=8, offset_kernel_size=8, position_bias='fixed')
+        with pytest.raises(ValueError, match=r'the map \(4, 8\) is smaller'):
+            DeformableGQA(DIM, HEADS, table_size=(4, 8), **options)
+
     def test_fixed_bias(self):
         module = DeformableGQA(
             DIM, HEADS, 2, stride=2, table_size=(6, 8), position_bias='fixed'
@@ -150,7 +235,9 @@ class TestDeformableGQA:
             assert_close(module(x), out)
             module.rpe_table[:, :, 0] += 3
             assert not torch.allclose(module(x), out)
-        with pytest.raises(ValueError, match=r"'fixed' is made for 48 queries"):
+        with pytest.raises(
+            ValueError, match=r"'fixed' is made for .*\(6, 8\), got a map"
+        ):
             module(draw(2, DIM, 8, 8))
 
     def test_map_smaller_than_unpadded_offset_kernel(self):

@@ -30,7 +30,7 @@ def test_launches_are_on_the_device_of_the_tensors(name):
 @pytest.mark.parametrize(
     ('shape', 'dtype', 'expected'),
     [
-        ((1, 2, 5, 32), torch.float16, 8),
+        ((1, 2, 5, 32), torch.float16, 1),  # Triton sees that itself
         ((1, 2, 5, 24), torch.bfloat16, 8),
         ((1, 2, 5, 24), torch.float32, 4),
         ((1, 2, 5, 20), torch.float16, 4),
@@ -43,6 +43,6 @@ def test_vector(shape, dtype, expected):
 
 
 def test_no_vectors_along_other_dimensions():
-    x = torch.empty(1, 2, 32, 48, dtype=torch.float16)
+    x = torch.empty(1, 2, 32, 40, dtype=torch.float16)
     assert vector(x.transpose(2, 3)) == vector(x, x.transpose(2, 3)) == 1
-    assert vector(x[..., :40]) == vector(x[:, :1].expand(-1, 2, -1, -1)) == 8
+    assert vector(x[..., :24]) == vector(x[:, :1].expand(-1, 2, -1, -1)) == 8

@@ -139,6 +139,8 @@ def deform_attn_dkdv_kernel(
     KEY_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
     Q_VEC: tl.constexpr, KV_VEC: tl.constexpr,
 ):  # fmt: skip
+    if not HAS_BIAS:
+        width = 1  # the map is one column, and the compiler may know
     q_b, q_h, q_n = row_strides(q_b, q_h, q_n, Q_VEC)
     k_b, k_h, k_s = row_strides(k_b, k_h, k_s, KV_VEC)
     v_b, v_h, v_s = row_strides(v_b, v_h, v_s, KV_VEC)

@@ -45,9 +45,12 @@ def architecture(device: torch.device) -> int:
 def vector(*tensors: Tensor) -> int:
     """Longest vector, in elements, at whose multiples all rows (..., D) begin.
 
-    At most 16 bytes; 1 where D is not contiguous.
+    At most 16 bytes; 1 where D is not contiguous, and where all strides are multiples
+    of 16: Triton sees that itself, and telling it costs a few registers.
     """
-    strides = (stride for x in tensors for stride in x.stride()[:-1])
+    strides = [stride for x in tensors for stride in x.stride()[:-1]]
+    if all(stride % 16 == 0 for stride in strides):
+        return 1
     return math.gcd(16 // tensors[0].element_size(), *strides)
 
 
@@ -109,6 +112,8 @@ class Problem:
             elif sizes.queries > fewest_queries:
                 sizes = dataclasses.replace(sizes, queries=sizes.queries // 2, stages=1)
         if self.dropout_p == 0:
+            if op == 'deform_attn_dkdv' and self._has_room_for_keys():
+                sizes = dataclasses.replace(sizes, keys=2 * sizes.keys)
             return sizes
         sizes = dataclasses.replace(sizes, stages=1)
         if sizes.keys > 16:
@@ -118,6 +123,11 @@ class Problem:
         if sizes.queries == 64 or (sizes.queries == 128 and is_large):
             sizes = dataclasses.replace(sizes, queries=sizes.queries // 2, warps=8)
         return sizes
+
+    def _has_room_for_keys(self) -> bool:
+        """Without a bias the tiles of 16-bit keys may be twice as large."""
+        small = self.head_dim <= 64 and self.q.element_size() == 2
+        return small and not self.has_bias
 
     def window(self) -> int:
         """Table columns that 16 queries reach from one key: more of a fine table."""

@@ -31,7 +31,11 @@ def row_strides(stride_b, stride_h, stride_n, VEC: tl.constexpr):
     By itself it sees multiples of 16 alone, and would load the rows of a head
     dimension of 24 or 40 element by element.
     """
-    return stride_b // VEC * VEC, stride_h // VEC * VEC, stride_n // VEC * VEC
+    if VEC > 1:
+        stride_b = stride_b // VEC * VEC
+        stride_h = stride_h // VEC * VEC
+        stride_n = stride_n // VEC * VEC
+    return stride_b, stride_h, stride_n
 
 
 @triton.jit

@@ -91,11 +91,12 @@ def test_variants(options, dtype):
             check_resources(aot.report_launch(launch, arch))
 
 
+@pytest.mark.parametrize('head_dim', [24, 32])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
-def test_deterministic_mode(dtype):
+def test_deterministic_mode(dtype, head_dim):
     torch.use_deterministic_algorithms(True)
     try:
-        launches = attention(90, 32, dtype, pos_in_range=False)
+        launches = attention(90, head_dim, dtype, pos_in_range=False)
     finally:
         torch.use_deterministic_algorithms(False)
     for launch in launches:

@@ -55,7 +55,7 @@ _TABLE = {
     ('deform_attn_dq', 2, False): {
         32: BlockSizes(256, 32, 8, 2),
         64: BlockSizes(256, 16, 8, 2),
-        128: BlockSizes(128, 16, 8, 1),
+        128: BlockSizes(64, 64, 8, 1),
         256: BlockSizes(64, 32, 8, 1),
     },
     ('deform_attn_dkdv', 2, True): {

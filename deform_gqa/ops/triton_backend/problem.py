@@ -118,10 +118,8 @@ class Problem:
         sizes = dataclasses.replace(sizes, stages=1)
         if sizes.keys > 16:
             return dataclasses.replace(sizes, keys=sizes.keys // 2)
-        # Tiles of more queries have registers left, unless head dimensions are large.
-        is_large = op == 'deform_attn_dq' and self.head_dim > 64
-        if sizes.queries == 64 or (sizes.queries == 128 and is_large):
-            sizes = dataclasses.replace(sizes, queries=sizes.queries // 2, warps=8)
+        if sizes.queries == 64:  # more queries have registers left
+            sizes = dataclasses.replace(sizes, queries=32, warps=8)
         return sizes
 
     def _has_room_for_keys(self) -> bool:
@@ -139,8 +137,11 @@ class Problem:
         return self.window() > MIN_WINDOW
 
     def fuses_bias_gradient(self) -> bool:
-        """Dropout and fine tables take the registers that fusing needs."""
+        """Dropout, fine tables and masked sums in fixed point take its registers."""
         fits = fuses_bias_gradient(self.head_dim, self.q.dtype)
+        masked = self.head_dim != pad_head_dim(self.head_dim)
+        if masked and torch.are_deterministic_algorithms_enabled():
+            return False
         return fits and not self.has_fine_table() and self.dropout_p == 0
 
     def patch(self, sizes: BlockSizes) -> Patch:

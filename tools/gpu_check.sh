@@ -125,7 +125,7 @@ for name in device tests sanitizer_{memcheck,racecheck} deform_attn{_peers,} \
 done
 : >"$OUT/summary.txt"
 nvidia-smi >"$OUT/nvidia_smi.txt" 2>&1 || echo 'no nvidia-smi' >"$OUT/nvidia_smi.txt"
-step device 60 "$PYTHON" -m deform_gqa.benchmark.environment cuda || pack
+step device 60 "$PYTHON" -m deform_gqa.profiling.environment cuda || pack
 run_tests || pack
 run_sanitizer || pack
 # First what the targets are about: the peers at one batch size, then the models.

@@ -9,11 +9,11 @@ import torch
 
 from deform_gqa.models.backbones.dat import MIN_IMAGE_SIDE
 from deform_gqa.models.backbones.dat_arch import ARCHS
+from deform_gqa.profiling.environment import describe_environment
 
 from . import mm_models
 from .breakdown import measure_parts
 from .breakdown_report import breakdown_figure, breakdown_markdown, subjects
-from .environment import describe_environment
 from .errors import OptionError
 from .model_measure import (
     FORWARD,

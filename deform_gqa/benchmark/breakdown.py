@@ -12,15 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from deform_gqa.models.backbones import DAT
+from deform_gqa.profiling.memory import (
+    PeakMemory,
+    quick_collections,
+    unmeasurable_reason,
+)
+from deform_gqa.profiling.module_timing import ModuleTimer
+from deform_gqa.profiling.timing import Timing
 
 from .common_options import LATE, is_late
-from .memory import PeakMemory, quick_collections, unmeasurable_reason
 from .model_measure import FORWARD, ModelCase, Unsupported, Workload, tensors_of
 from .model_options import ModelOptions
-from .module_timing import ModuleTimer
 from .progress import progress
 from .report import Row
-from .timing import Timer, Timing
+from .timing import Timer
 
 ALL, REST = 'all', 'rest'
 Groups = dict[str, list[nn.Module]]

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import torch
 
+from deform_gqa.profiling.timing import Timing
+
 from .errors import OptionError
 from .report import Report, Row
-from .timing import Timing
 
 Verdict = Literal['slower', 'same', 'faster']
 CONFIDENCE = 0.95

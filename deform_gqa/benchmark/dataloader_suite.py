@@ -15,6 +15,9 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.runner import Runner
 
+from deform_gqa.profiling.environment import describe_environment
+from deform_gqa.profiling.timing import Timing
+
 from . import mm_models
 from .common_options import (
     add_output_arguments,
@@ -25,13 +28,11 @@ from .common_options import (
     use_threads,
 )
 from .dataloader_report import BATCH, TRANSFORM, dataloader_figure, dataloader_markdown
-from .environment import describe_environment
 from .errors import OptionError
 from .model_options import add_cfg_options, parse_cfg_options
 from .model_report import mm_versions, publish
 from .progress import progress
 from .report import Report, Row
-from .timing import Timing
 
 DESCRIPTION = 'Data time: batches of a config, and its transforms one by one.'
 SPLITS = ('train', 'val', 'test')

@@ -10,9 +10,10 @@ import functools
 import importlib
 from typing import Any
 
+from deform_gqa.profiling.environment import describe_environment
+
 from . import sweep_ops
 from .common_options import one_of
-from .environment import describe_environment
 from .errors import OptionError
 from .model_measure import FORWARD, TRAIN
 from .model_options import ModelOptions, add_model_arguments, resolve_model

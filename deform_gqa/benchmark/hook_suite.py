@@ -22,18 +22,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from deform_gqa.profiling.environment import describe_environment
+
 from ..engine import RuntimeBenchmarkHook
 from . import hook_report
 from .common_options import check_out, check_positive
-from .environment import describe_environment
 from .errors import OptionError
 from .progress import progress
-from .timing import quantile
 
 __all__ = ['add_arguments', 'run']
 
@@ -204,7 +205,7 @@ def summarize(blocks: Sequence[Block], interval: int) -> dict[str, Any]:
         plain = [x for x, on in zip(sums, with_hook, strict=True) if not on]
         sampled = [x for x, on in zip(times, with_hook, strict=True) if on]
         summary[clock] = dict(
-            iteration_ms=quantile([x / interval for x in plain], 0.5),
+            iteration_ms=float(np.median([x / interval for x in plain])),
             blocks=_spread(_pair_overheads(sums, with_hook)),
             samples=_spread([_sample_overhead(x) for x in sampled]),
             noise=_spread([b / a - 1 for a, b in itertools.pairwise(plain)]),
@@ -218,7 +219,7 @@ def _pair_overheads(sums: Sequence[float], with_hook: Sequence[bool]) -> list[fl
 
 
 def _sample_overhead(times_ms: Sequence[float]) -> float:
-    others = quantile(times_ms[1:], 0.5)
+    others = float(np.median(times_ms[1:]))
     return (times_ms[0] - others) / (others * len(times_ms))
 
 
@@ -227,4 +228,4 @@ def _spread(shares: Sequence[float]) -> dict[str, float] | None:
     if not shares:
         return None
     names = dict(p20=0.2, median=0.5, p80=0.8)
-    return {name: quantile(shares, q) for name, q in names.items()}
+    return {name: float(np.quantile(shares, q)) for name, q in names.items()}

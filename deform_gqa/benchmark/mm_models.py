@@ -23,7 +23,7 @@ from deform_gqa.models.backbones import DAT
 from deform_gqa.models.backbones.dat_arch import resolve_arch
 from deform_gqa.models.backbones.dat_checkpoint import load_dat_checkpoint
 from deform_gqa.ops import unsupported_reason
-from deform_gqa.ops.backends import BACKENDS
+from deform_gqa.ops.common.backends import BACKENDS
 
 from .errors import OptionError
 from .model_measure import PLAIN, Unsupported

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deform_gqa.profiling.memory import PeakMemory, quick_collections
+
 from .common_options import LATE, is_late
 from .errors import GateError, one_line
 from .flops import count_flops
-from .memory import PeakMemory, quick_collections
 from .model_options import ModelOptions
 from .progress import progress
 from .report import Row

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deform_gqa.ops.backends import BACKENDS
+from deform_gqa.ops.common.backends import BACKENDS
 
 from .common_options import (
     DTYPES,

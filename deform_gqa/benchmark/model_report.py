@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deform_gqa.profiling.environment import describe_environment
+
 from . import panels
-from .environment import describe_environment
 from .model_measure import ModelCase, measure
 from .model_options import ModelOptions
 from .report import Report, Row

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deform_gqa import ops
-from deform_gqa.ops import naive
+from deform_gqa.ops.deform_attn import naive
+from deform_gqa.profiling.memory import available_cpu_mib
 
 from . import published_sdpa
 from .flex_peers import (
@@ -21,7 +22,6 @@ from .flex_peers import (
     FlexNeighborhoodAttn,
     compiled_flex_attention,
 )
-from .memory import available_cpu_mib
 from .op_cases import DeformAttnCase, NeighborhoodAttnCase, OpCase
 from .sdpa_cases import DeformSdpaCase
 

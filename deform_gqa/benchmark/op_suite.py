@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deform_gqa.profiling.environment import describe_environment
+from deform_gqa.profiling.memory import PeakMemory
+
 from . import panels, plots, tables
 from .common_options import DTYPES
-from .environment import describe_environment
 from .errors import GateError, one_line
 from .floors import Floor, count_work, device_peaks, floor_time
 from .gate import Gate
-from .memory import PeakMemory
 from .op_cases import CASES, OpCase, select_cases
 from .op_options import OpOptions, add_arguments, resolve
 from .op_peers import (

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from .timing import Timing
+from deform_gqa.profiling.timing import Timing
 
 FORMAT_VERSION = 1
 Status = Literal['ok', 'unsupported', 'failed', 'skipped']

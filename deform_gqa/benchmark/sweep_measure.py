@@ -5,14 +5,16 @@ from collections.abc import Sequence
 
 import torch
 
+from deform_gqa.profiling.memory import PeakMemory, quick_collections
+from deform_gqa.profiling.timing import Timing
+
 from .common_options import LATE, is_late
 from .flops import count_flops
-from .memory import PeakMemory, quick_collections
 from .model_measure import Measurement, ModelCase, Unsupported, Workload
 from .model_options import ModelOptions
 from .progress import progress
 from .report import Row
-from .timing import Timer, Timing
+from .timing import Timer
 
 
 @quick_collections()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from deform_gqa import ops
-from deform_gqa.ops.backends import choose_backend
+from deform_gqa.ops.common.backends import choose_backend
 
 from .common_options import one_of
 from .errors import OptionError

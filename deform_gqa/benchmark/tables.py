@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from deform_gqa.profiling.markdown import markdown_table, number
+
 from .op_cases import STAGES_OF
 from .op_peers import BASELINE
 from .report import Report, Row
@@ -31,17 +33,6 @@ _ENVIRONMENT = (
     *('torch', 'triton', 'cuda', 'python', 'mmengine', 'mmcv', 'mmdet'),
     *('deform_gqa', 'commit', 'date'),
 )
-
-
-def number(value: float) -> str:
-    """Three significant digits, no exponent."""
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
-    return f'{value:.{digits}f}'
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ['---'] * len(header), *rows]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
 def without_empty_columns(

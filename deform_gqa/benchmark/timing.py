@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from deform_gqa.profiling.timing import Timing
 
 MIN_SAMPLES = 3
 MAX_SAMPLES = 200
@@ -14,42 +16,6 @@ MAX_SAMPLES = 200
 WARM_UP_SHARE = 0.2
 # More than the last-level cache of any GPU so far; as triton.testing.do_bench does.
 CACHE_BYTES = 256 * 2**20
-
-
-def quantile(samples: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics, as numpy.quantile does.
-
-    Raises:
-        ValueError: If there are no samples, or q is not in [0, 1].
-    """
-    if not samples:
-        raise ValueError('quantile needs at least one sample')
-    if not 0 <= q <= 1:
-        raise ValueError(f'q must be in [0, 1], got {q}')
-    ordered = sorted(samples)
-    place = q * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """All samples of one measurement, in milliseconds and in the order taken."""
-
-    samples_ms: tuple[float, ...]
-
-    @property
-    def median_ms(self) -> float:
-        return quantile(self.samples_ms, 0.5)
-
-    @property
-    def p20_ms(self) -> float:
-        return quantile(self.samples_ms, 0.2)
-
-    @property
-    def p80_ms(self) -> float:
-        return quantile(self.samples_ms, 0.8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from test_report import make_report
 
 from deform_gqa.benchmark import comparison
 from deform_gqa.benchmark.report import Row
-from deform_gqa.benchmark.timing import Timing
+from deform_gqa.profiling.timing import Timing
 
 
 def make_pair(tmp_path, factor=1.0, spread=0.01, samples=20):

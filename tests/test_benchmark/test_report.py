@@ -9,7 +9,7 @@ from deform_gqa.benchmark.floors import DIRECTIONS, count_work
 from deform_gqa.benchmark.op_cases import CASES, select_cases
 from deform_gqa.benchmark.report import Report, Row
 from deform_gqa.benchmark.sdpa_cases import SdpaSweep, sdpa_cases
-from deform_gqa.benchmark.timing import Timing
+from deform_gqa.profiling.timing import Timing
 
 PNG = b'\x89PNG'
 FLOORS_US = {'exp': 500.0, 'tensor': 100.0, 'memory': 50.0}
@@ -118,14 +118,6 @@ def test_totals_need_every_stage():
     assert tables.totals_table(partial, 'deform_attn') is None
     [*_, last] = tables.totals(make_report(stages=(1, 2, 3)), 'neighborhood_attn')
     assert last['layers'] == 12
-
-
-@pytest.mark.parametrize(
-    ('value', 'text'),
-    [(123.4, '123'), (12.34, '12.3'), (1.234, '1.23'), (0.5, '0.500')],
-)
-def test_number(value, text):
-    assert tables.number(value) == text
 
 
 def test_pictures(tmp_path):

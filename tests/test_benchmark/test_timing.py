@@ -1,6 +1,5 @@
 import time
 
-import numpy as np
 import pytest
 import torch
 from torch.utils import benchmark
@@ -10,35 +9,9 @@ from deform_gqa.benchmark.timing import (
     MIN_SAMPLES,
     Sampling,
     Timer,
-    Timing,
-    quantile,
 )
 
 CPU = torch.device('cpu')
-
-
-@pytest.mark.parametrize('q', [0, 0.2, 0.5, 0.8, 1])
-@pytest.mark.parametrize('count', [1, 2, 3, 10])
-def test_quantile_is_numpys(q, count):
-    samples = np.random.default_rng(count).exponential(size=count)
-    assert quantile(samples.tolist(), q) == pytest.approx(np.quantile(samples, q))
-
-
-@pytest.mark.parametrize(
-    ('samples', 'q', 'message'),
-    [([], 0.5, 'at least one sample'), ([1.0], 1.1, 'q must be in'), ([1.0], -1, '-1')],
-)
-def test_quantile_errors(samples, q, message):
-    with pytest.raises(ValueError, match=message):
-        quantile(samples, q)
-
-
-def test_timing_statistics():
-    timing = Timing((5.0, 1.0, 4.0, 2.0, 3.0, 6.0))
-    assert timing.samples_ms[0] == 5.0  # the order is kept
-    assert timing.median_ms == 3.5
-    assert timing.p20_ms == pytest.approx(2.0)
-    assert timing.p80_ms == pytest.approx(5.0)
 
 
 def test_sampling_count():

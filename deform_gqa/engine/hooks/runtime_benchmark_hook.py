@@ -16,23 +16,23 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from deform_gqa.benchmark.clock import make_clock
-from deform_gqa.benchmark.environment import describe_environment
-from deform_gqa.benchmark.module_timing import attention_groups, select_modules
-from deform_gqa.benchmark.runtime_report import (
-    JSON_NAME,
-    MARKDOWN_NAME,
-    load_runs,
-    markdown,
-    to_json,
-)
-from deform_gqa.benchmark.step_timing import SampledStep, StepTimer
 from deform_gqa.engine.checkpoint_io import AtomicLocalBackend
 from deform_gqa.engine.hooks.runtime_benchmark_options import (
     check_integer,
     check_modules,
     check_out_dir,
 )
+from deform_gqa.profiling.clock import make_clock
+from deform_gqa.profiling.environment import describe_environment
+from deform_gqa.profiling.module_timing import attention_groups, select_modules
+from deform_gqa.profiling.runtime_report import (
+    JSON_NAME,
+    MARKDOWN_NAME,
+    load_runs,
+    markdown,
+    to_json,
+)
+from deform_gqa.profiling.step_timing import SampledStep, StepTimer
 
 __all__ = ['RuntimeBenchmarkHook']
 
@@ -62,7 +62,7 @@ class RuntimeBenchmarkHook(Hook):
       validation and testing: the metrics' ``process`` and the other hooks.
 
     Modules are timed within forward and backward; see
-    :class:`deform_gqa.benchmark.module_timing.ModuleTimer`. On a CUDA device all but
+    :class:`deform_gqa.profiling.module_timing.ModuleTimer`. On a CUDA device all but
     ``data``, ``hooks`` and ``evaluator`` lie between events; the device is waited for
     at the beginning and at the end of a sampled iteration and at no other time.
     Between sampled iterations nothing is installed on the model or the optimizer. In
@@ -88,7 +88,7 @@ class RuntimeBenchmarkHook(Hook):
             of the process, also of a resumed one; at least 0.
         modules (dict, optional): Groups of modules to time: name -> class name or
             path of a module, or a list of them; see
-            :func:`deform_gqa.benchmark.module_timing.select_modules`. Defaults to the
+            :func:`deform_gqa.profiling.module_timing.select_modules`. Defaults to the
             attention modules, one group a class.
         out_dir (str, optional): Local folder of the two files. A file that is there
             keeps its runs and gets one more. Defaults to the log folder of the run,

@@ -12,9 +12,9 @@ from napping_training import NapModel, NapSGD, make_runner
 from torch import nn
 from virtual_time import use_virtual_time
 
-from deform_gqa.benchmark import clock, step_timing
 from deform_gqa.engine import RuntimeBenchmarkHook
 from deform_gqa.engine.hooks import runtime_benchmark_hook
+from deform_gqa.profiling import clock, step_timing
 
 NAP_MS = 20.0
 STEP_PHASES = ['preprocess', 'forward', 'backward', 'optimizer']

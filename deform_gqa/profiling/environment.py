@@ -1,6 +1,6 @@
 """What a figure depends on: device, versions, commit, threads.
 
-``python -m deform_gqa.benchmark.environment cuda`` prints it, and fails where there is
+``python -m deform_gqa.profiling.environment cuda`` prints it, and fails where there is
 no such device.
 """
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from virtual_time import CLOCK, Nap, use_virtual_time
 
-from deform_gqa.benchmark import clock
-from deform_gqa.benchmark.clock import CpuClock, covered, make_clock
-from deform_gqa.benchmark.module_timing import (
+from deform_gqa.profiling import clock
+from deform_gqa.profiling.clock import CpuClock, covered, make_clock
+from deform_gqa.profiling.module_timing import (
     ModuleTimer,
     attention_groups,
     select_modules,
@@ -344,7 +344,7 @@ def test_select_modules():
 def test_imports_torch_alone():
     code = (
         'import sys\n'
-        'import deform_gqa.benchmark.module_timing\n'
+        'import deform_gqa.profiling.module_timing\n'
         "found = {'mmengine', 'mmcv', 'mmdet'} & set(sys.modules)\n"
         'sys.exit(str(found) if found else 0)\n'
     )

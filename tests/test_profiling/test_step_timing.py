@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from deform_gqa.benchmark.step_timing import (
+from deform_gqa.profiling.step_timing import (
     SampledStep,
     StepTimer,
     replace_method,

@@ -4,7 +4,7 @@ import subprocess
 import pytest
 import torch
 
-from deform_gqa.benchmark import environment
+from deform_gqa.profiling import environment
 from deform_gqa.version import __version__
 
 CPU = torch.device('cpu')

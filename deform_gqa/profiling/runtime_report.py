@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .tables import markdown_table, number
+from .markdown import markdown_table, number
 from .timing import Timing
 
 FORMAT_VERSION = 1
@@ -101,7 +101,7 @@ def _statistics(samples_ms: Sequence[float], whole_ms: float) -> dict[str, float
         median_ms=timing.median_ms,
         p20_ms=timing.p20_ms,
         p80_ms=timing.p80_ms,
-        mean_ms=sum(samples_ms) / len(samples_ms),
+        mean_ms=timing.mean_ms,
         share=sum(samples_ms) / whole_ms if whole_ms else 0.0,
     )
 

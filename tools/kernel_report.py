@@ -15,12 +15,8 @@ import argparse
 
 import torch
 
-from deform_gqa.ops.triton_backend import aot, sdpa_report
-from deform_gqa.ops.triton_backend.representative import (
-    attention,
-    neighborhood,
-    sampling,
-)
+from deform_gqa.inspect import aot, sdpa_report
+from deform_gqa.inspect.representative import attention, neighborhood, sampling
 
 HEADER = (
     f'{"kernel":27} {"sm":>3} {"D":>4} {"dtype":>9} {"registers":>9} {"spills_B":>8} '

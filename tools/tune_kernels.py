@@ -7,7 +7,7 @@ Needs torch and triton alone; where the package is not installed, run it from th
 repository's root with PYTHONPATH=. set. One head dimension and dtype takes a few
 minutes, most of which compiles.
 
-Writes ``block_sizes.json`` beside ``deform_gqa/ops/triton_backend/block_sizes.py``
+Writes ``block_sizes.json`` beside ``deform_gqa/ops/common/block_sizes.py``
 after each kernel, whose entries for this architecture go before the built-in table
 from then on; all other entries are kept. Delete the file to go back.
 """
@@ -24,20 +24,23 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from deform_gqa.ops.triton_backend import (
-    deform_attn_backward,
-    deform_attn_forward,
-    neighborhood_attn_backward,
-    neighborhood_attn_forward,
-    problem,
-)
-from deform_gqa.ops.triton_backend.block_sizes import (
+from deform_gqa.ops.common import block_sizes
+from deform_gqa.ops.common.block_sizes import (
     OVERRIDES,
     BlockSizes,
-    block_sizes,
-    fuses_bias_gradient,
     override_key,
     pad_head_dim,
+    tabled_sizes,
+)
+from deform_gqa.ops.common.triton_host import architecture
+from deform_gqa.ops.deform_attn.block_sizes import fuses_bias_gradient
+from deform_gqa.ops.deform_attn.triton_launch import (
+    deform_attn_backward,
+    deform_attn_forward,
+)
+from deform_gqa.ops.neighborhood_attn.triton_launch import (
+    neighborhood_attn_backward,
+    neighborhood_attn_forward,
 )
 
 # Queries * keys / lanes: less leaves the lanes idle, more does not fit registers.
@@ -113,10 +116,10 @@ def make_call(op: str, head_dim: int, dtype: torch.dtype, batch: int):
 def time_ms(call, op: str, sizes: BlockSizes) -> float:
     """Median time with ``sizes`` for one op; infinite if they do not fit the GPU."""
 
-    def choose(name, *args):
-        return sizes if name == op else block_sizes(name, *args)
+    def choose(table, kernel, *args):
+        return sizes if kernel == op else tabled_sizes(table, kernel, *args)
 
-    with mock.patch.object(problem, 'block_sizes', choose):
+    with mock.patch.object(block_sizes, 'tabled_sizes', choose):
         try:
             return triton.testing.do_bench(call, return_mode='median')
         except OutOfResources:
@@ -146,7 +149,7 @@ def main() -> None:
     args = parse_args()
     if not torch.cuda.is_available():
         raise SystemExit('tune_kernels.py needs an NVIDIA GPU; none was found')
-    arch = problem.architecture(torch.device('cuda', torch.cuda.current_device()))
+    arch = architecture(torch.device('cuda', torch.cuda.current_device()))
     found = read_overrides(OVERRIDES)
     for dtype_name, head_dim in itertools.product(args.dtype, args.head_dim):
         dtype = getattr(torch, dtype_name)

@@ -1,9 +1,27 @@
-"""Functional ops. Needs torch alone; no mm package, and Triton only where it runs."""
+"""Functional ops. Needs torch alone; no mm package, and Triton only where it runs.
 
-from .backends import unsupported_reason
-from .functional import deform_attn, deform_sample, neighborhood_attn
-from .functional_sdpa import deform_sdpa
+Each op is a folder: ``api.py`` (the public function and its checks), ``naive.py`` (the
+definition, in plain differentiable torch), ``tiled*.py`` (torch with bounded memory)
+and ``triton_*.py`` (fused kernels and their launch).
+
+Notation, the same in every op, kernel and test of this package::
+
+    B batch            Hq query heads     Hkv key/value heads (Hq % Hkv == 0)
+    G offset groups    D head dimension   (Hq % G == 0)
+    H, W query grid    N = H * W queries, row-major
+    S sampled keys     V views            P points per view
+    K neighborhood (kernel) size          Th, Tw height and width of a bias table
+
+    query head h reads kv head h // (Hq // Hkv)
+    query head h belongs to offset group h // (Hq // G)
+"""
+
+from .common.backends import unsupported_reason
+from .deform_attn import deform_attn
+from .deform_sample import deform_sample
+from .deform_sdpa import deform_sdpa
 from .gqa import scaled_dot_product_gqa
+from .neighborhood_attn import neighborhood_attn
 
 __all__ = [
     'deform_attn',

@@ -12,7 +12,7 @@ MARGIN = 1e-4
 
 @dataclasses.dataclass
 class DeformAttnCase:
-    """Shape of one call of deform_attn; notation of ``ops/naive.py``."""
+    """Shape of one call of deform_attn; notation of ``ops/__init__.py``."""
 
     batch: int
     heads: int

@@ -43,7 +43,7 @@ def assert_all_close(actual, expected, tolerance=1e-10):
 
 @dataclasses.dataclass
 class NeighborhoodCase:
-    """Shape of one call of neighborhood_attn; notation of ``ops/naive.py``."""
+    """Shape of one call of neighborhood_attn; notation of ``ops/__init__.py``."""
 
     batch: int
     heads: int

@@ -12,7 +12,7 @@ MARGIN = 1e-3
 
 @dataclasses.dataclass
 class DeformSdpaCase:
-    """Shape of one call of deform_sdpa; notation of ``ops/naive.py``."""
+    """Shape of one call of deform_sdpa; notation of ``ops/__init__.py``."""
 
     batch: int
     query_views: int

@@ -7,8 +7,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from deform_gqa.ops.triton_backend import problem
-from deform_gqa.ops.triton_backend.block_sizes import BlockSizes
+from deform_gqa.ops.common import block_sizes
+from deform_gqa.ops.common.block_sizes import BlockSizes
 
 # Small tiles, so that small inputs have several of them, and the usual ones.
 SIZES = [
@@ -42,7 +42,7 @@ def poisoned_memory():
 
 @contextlib.contextmanager
 def tile_sizes(sizes: BlockSizes):
-    with mock.patch.object(problem, 'block_sizes', lambda *args: sizes):
+    with mock.patch.object(block_sizes, 'tabled_sizes', lambda *args: sizes):
         yield
 
 

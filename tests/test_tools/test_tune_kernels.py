@@ -13,9 +13,10 @@ pytest.importorskip('triton')
 import triton
 from triton.runtime.errors import OutOfResources
 
-from deform_gqa.ops.triton_backend import aot, problem
-from deform_gqa.ops.triton_backend import block_sizes as table
-from deform_gqa.ops.triton_backend.block_sizes import BlockSizes
+from deform_gqa.inspect import aot
+from deform_gqa.ops.common import block_sizes as common
+from deform_gqa.ops.common.block_sizes import BlockSizes
+from deform_gqa.ops.deform_attn.block_sizes import block_sizes
 
 CLI = Path(__file__).parents[2] / 'tools/tune_kernels.py'
 BEST = BlockSizes(128, 32, 4, 2)
@@ -34,10 +35,10 @@ def overrides(monkeypatch, tool, tmp_path):
     """A file of overrides in place of the package's, read anew."""
     path = tmp_path / 'block_sizes.json'
     monkeypatch.setattr(tool, 'OVERRIDES', path)
-    monkeypatch.setattr(table, 'OVERRIDES', path)
-    table._overrides.cache_clear()
+    monkeypatch.setattr(common, 'OVERRIDES', path)
+    common._overrides.cache_clear()
     yield path
-    table._overrides.cache_clear()
+    common._overrides.cache_clear()
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def gpu(monkeypatch, tool):
 
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
-    monkeypatch.setattr(problem, 'architecture', lambda device: 90)
+    monkeypatch.setattr(tool, 'architecture', lambda device: 90)
     monkeypatch.setattr(tool, 'make_call', lambda *args: None)
     monkeypatch.setattr(tool, 'time_ms', time_ms)
     return failing
@@ -76,7 +77,7 @@ def test_candidates(tool):
 def test_ops_have_built_in_sizes(tool, head_dim, dtype):
     for op in tool.ops_of(head_dim, dtype):
         for arch in (80, 90):
-            assert table.block_sizes(op, head_dim, dtype, arch).keys >= 16
+            assert block_sizes(op, head_dim, dtype, arch).keys >= 16
 
 
 @pytest.mark.parametrize('op', ['deform_attn_dq', 'neighborhood_fwd'])
@@ -112,11 +113,9 @@ def test_writes_what_the_kernels_then_use(monkeypatch, tool, overrides, gpu):
             for head_dim in (32, 128)
         ),
     }
-    assert table.block_sizes('deform_attn_dq', 32, torch.bfloat16, 90) == BEST
-    assert table.block_sizes('deform_attn_dq', 32, torch.bfloat16, 80) != BEST
-    assert table.block_sizes('deform_attn_fwd', 32, torch.float16, 80) == BlockSizes(
-        **other
-    )
+    assert block_sizes('deform_attn_dq', 32, torch.bfloat16, 90) == BEST
+    assert block_sizes('deform_attn_dq', 32, torch.bfloat16, 80) != BEST
+    assert block_sizes('deform_attn_fwd', 32, torch.float16, 80) == BlockSizes(**other)
 
 
 def test_dry_run_writes_nothing(monkeypatch, tool, overrides, gpu, capsys):
@@ -147,9 +146,9 @@ def test_times_one_op_and_leaves_the_others(monkeypatch, tool):
 
     def call():
         ask = ('deform_attn_fwd', 'deform_attn_dq')
-        chosen = [problem.block_sizes(op, 32, torch.float16, 90) for op in ask]
+        chosen = [block_sizes(op, 32, torch.float16, 90) for op in ask]
         assert chosen[0] == BEST
-        assert chosen[1] == table.block_sizes('deform_attn_dq', 32, torch.float16, 90)
+        assert chosen[1] == block_sizes('deform_attn_dq', 32, torch.float16, 90)
         return 3.5
 
     monkeypatch.setattr(triton.testing, 'do_bench', bench)

@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
+from deform_gqa.checks import check_int, check_number, check_size
 from deform_gqa.ops import deform_attn, deform_sample
+from deform_gqa.ops.common.heads import repeat_kv
 
-from .checks import check_backend, check_int, check_number, check_rate, check_size
-from .heads import check_heads, merge_heads, split_heads
+from .base_attention import BaseAttention, check_offset_groups
+from .heads import merge_heads, split_heads
 from .norm import ChannelLayerNorm
 from .position_bias import POSITION_BIASES, build_position_bias, log_cpb_attention
 
@@ -30,7 +32,7 @@ def reference_points(size: tuple[int, int], like: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class DeformableGQA(nn.Module):
+class DeformableGQA(BaseAttention):
     """Deformable attention of DAT with grouped-query heads.
 
     A small network of the queries predicts, for each cell of a strided grid and each
@@ -90,30 +92,26 @@ class DeformableGQA(nn.Module):
         proj_drop: float = 0.0,
         backend: str = 'auto',
     ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
-        check_int('offset_groups', offset_groups, 1)
+        super().__init__(dim, num_heads, num_kv_heads, attn_drop, proj_drop, backend)
+        check_offset_groups(num_heads, offset_groups)
         check_int('stride', stride, 1)
         check_int('offset_kernel_size', offset_kernel_size, 1)
         check_number('offset_range_factor', offset_range_factor)
-        check_rate('attn_drop', attn_drop)
-        check_rate('proj_drop', proj_drop)
-        check_backend(backend)
-        self._check(num_heads, offset_groups, position_bias)
+        if position_bias not in POSITION_BIASES:
+            raise ValueError(
+                f'position_bias must be one of {POSITION_BIASES}, got {position_bias!r}'
+            )
         self.offset_groups = offset_groups
         self.stride = stride
         self.offset_kernel_size = offset_kernel_size
         self.offset_range_factor = offset_range_factor
         self.use_offset = use_offset
-        self.backend = backend
         self.position_bias = position_bias if use_offset else None
         if table_size is not None:
             table_size = check_size('table_size', table_size)
         self.table_size = table_size
 
         group_dim = dim // offset_groups
-        kv_dim = dim // num_heads * self.num_kv_heads
         self.conv_offset = nn.Sequential(
             nn.Conv2d(
                 group_dim,
@@ -129,11 +127,9 @@ class DeformableGQA(nn.Module):
         )
         self.conv_offset.requires_grad_(use_offset)
         self.proj_q = nn.Conv2d(dim, dim, 1)
-        self.proj_k = nn.Conv2d(dim, kv_dim, 1)
-        self.proj_v = nn.Conv2d(dim, kv_dim, 1)
+        self.proj_k = nn.Conv2d(dim, self.kv_dim, 1)
+        self.proj_v = nn.Conv2d(dim, self.kv_dim, 1)
         self.proj_out = nn.Conv2d(dim, dim, 1)
-        self.attn_drop = attn_drop
-        self.proj_drop = nn.Dropout(proj_drop)
         self.rpe_table = build_position_bias(
             self.position_bias,
             dim,
@@ -142,18 +138,6 @@ class DeformableGQA(nn.Module):
             table_size,
             self._key_grid,
         )
-
-    @staticmethod
-    def _check(num_heads, offset_groups, position_bias):
-        if num_heads % offset_groups:
-            raise ValueError(
-                f'num_heads must be a multiple of offset_groups, got '
-                f'num_heads={num_heads}, offset_groups={offset_groups}'
-            )
-        if position_bias not in POSITION_BIASES:
-            raise ValueError(
-                f'position_bias must be one of {POSITION_BIASES}, got {position_bias!r}'
-            )
 
     def _key_grid(self, map_size: tuple[int, int]) -> tuple[int, int]:
         """Cells, and so keys, that the offset convolution makes of a map."""
@@ -238,11 +222,12 @@ class DeformableGQA(nn.Module):
         )
 
     def _attend(self, q, k, v, pos, grid_size) -> Tensor:
-        dropout_p = self.attn_drop if self.training else 0.0
         if self.position_bias == 'log_cpb':
-            return log_cpb_attention(q, k, v, pos, self.rpe_table, grid_size, dropout_p)
+            return log_cpb_attention(
+                q, k, v, pos, self.rpe_table, grid_size, self.dropout_p
+            )
         if self.position_bias == 'fixed':
-            return self._attend_fixed(q, k, v, grid_size, dropout_p)
+            return self._attend_fixed(q, k, v, grid_size)
         table = self.rpe_table if self.position_bias == 'table' else None
         return deform_attn(
             q,
@@ -251,20 +236,18 @@ class DeformableGQA(nn.Module):
             pos,
             table,
             grid_size=grid_size,
-            dropout_p=dropout_p,
+            dropout_p=self.dropout_p,
             pos_in_range=self.offset_range_factor < 0,
             backend=self.backend,
         )
 
-    def _attend_fixed(self, q, k, v, grid_size, dropout_p) -> Tensor:
+    def _attend_fixed(self, q, k, v, grid_size) -> Tensor:
         if grid_size != self.table_size:
             raise ValueError(
                 f"position_bias='fixed' is made for maps of table_size="
                 f'{self.table_size}, got a map {grid_size}'
             )
-        k, v = (
-            t.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for t in (k, v)
-        )
+        k, v = (repeat_kv(t, self.num_heads) for t in (k, v))
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.rpe_table.to(q.dtype), dropout_p=dropout_p
+            q, k, v, attn_mask=self.rpe_table.to(q.dtype), dropout_p=self.dropout_p
         )

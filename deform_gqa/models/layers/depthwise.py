@@ -3,7 +3,7 @@
 from mmdet.registry import MODELS
 from torch import nn
 
-from .checks import check_int
+from deform_gqa.checks import check_int
 
 
 @MODELS.register_module()

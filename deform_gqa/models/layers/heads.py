@@ -1,33 +1,6 @@
-"""Head counts shared by the attention modules."""
+"""Between maps or tokens and their heads."""
 
 from torch import Tensor
-
-from .checks import check_int
-
-
-def check_heads(dim: int, num_heads: int, num_kv_heads: int | None) -> int:
-    """The number of kv heads; ``num_heads`` where None is given.
-
-    Raises:
-        TypeError: For what is no integer.
-        ValueError: If ``dim`` is no multiple of ``num_heads``, or ``num_heads`` no
-            multiple of ``num_kv_heads``.
-    """
-    check_int('dim', dim, 1)
-    check_int('num_heads', num_heads, 1)
-    if dim % num_heads:
-        raise ValueError(
-            f'dim must be a multiple of num_heads, got dim={dim}, num_heads={num_heads}'
-        )
-    if num_kv_heads is None:
-        return num_heads
-    check_int('num_kv_heads', num_kv_heads, 1)
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f'num_heads must be a multiple of num_kv_heads, got num_heads={num_heads}, '
-            f'num_kv_heads={num_kv_heads}'
-        )
-    return num_kv_heads
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

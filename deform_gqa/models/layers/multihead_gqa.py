@@ -4,9 +4,9 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from ...ops import checks
-from ...ops.gqa import attend_grouped, causal_mask
-from .checks import check_rate
+from deform_gqa.checks import check_int, check_rate
+from deform_gqa.ops.common import checks
+from deform_gqa.ops.gqa.api import attend_grouped, causal_mask
 
 
 @MODELS.register_module()
@@ -38,7 +38,8 @@ class MultiheadGQA(nn.Module):
         dtype: dtype of the parameters.
 
     Raises:
-        TypeError: For a dropout that is no number.
+        TypeError: For a number of channels or heads that is no integer, or a dropout
+            that is no number.
         ValueError: For numbers of channels or heads that do not divide each other, or
             a dropout out of range.
 
@@ -60,6 +61,9 @@ class MultiheadGQA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_int('embed_dim', embed_dim)
+        check_int('query_heads', query_heads)
+        check_int('kv_heads', kv_heads)
         if query_heads < 1 or embed_dim < 1 or embed_dim % query_heads:
             raise ValueError(
                 f'embed_dim must be a multiple of query_heads, got '

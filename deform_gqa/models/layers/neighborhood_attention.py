@@ -6,14 +6,15 @@ from mmdet.registry import MODELS
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
+from deform_gqa.checks import check_int
 from deform_gqa.ops import neighborhood_attn
 
-from .checks import check_backend, check_int, check_rate
-from .heads import check_heads, split_qkv
+from .base_attention import BaseAttention
+from .heads import split_qkv
 
 
 @MODELS.register_module()
-class NeighborhoodAttention(nn.Module):
+class NeighborhoodAttention(BaseAttention):
     """Attention of each pixel to the K x K pixels around it, with a learnt bias.
 
     (B, C, H, W) -> (B, C, H, W). Maps smaller than the window are padded with zeros
@@ -49,29 +50,20 @@ class NeighborhoodAttention(nn.Module):
         proj_drop: float = 0.0,
         backend: str = 'auto',
     ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
+        super().__init__(dim, num_heads, num_kv_heads, attn_drop, proj_drop, backend)
         check_int('kernel_size', kernel_size, 1)
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise ValueError(
                 f'kernel_size must be odd and at least 3, got {kernel_size}'
             )
         check_int('dilation', dilation, 1)
-        check_rate('attn_drop', attn_drop)
-        check_rate('proj_drop', proj_drop)
-        check_backend(backend)
         self.kernel_size = kernel_size
         self.dilation = dilation
-        self.backend = backend
-        head_dim = dim // num_heads
-        self.qkv = nn.Linear(dim, dim + 2 * head_dim * self.num_kv_heads)
+        self.qkv = nn.Linear(dim, dim + 2 * self.kv_dim)
         side = 2 * kernel_size - 1
         self.rpb = nn.Parameter(torch.zeros(num_heads, side, side))
         trunc_normal_(self.rpb, std=0.02)
-        self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
@@ -91,7 +83,7 @@ class NeighborhoodAttention(nn.Module):
             grid_size=tuple(grid_size),
             kernel_size=self.kernel_size,
             dilation=self.dilation,
-            dropout_p=self.attn_drop if self.training else 0.0,
+            dropout_p=self.dropout_p,
             backend=self.backend,
         )
         out = out.transpose(1, 2).flatten(2).unflatten(1, grid_size)

@@ -9,7 +9,8 @@ from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deform_gqa.ops.naive import query_coords, repeat_kv
+from deform_gqa.ops.common.heads import repeat_kv
+from deform_gqa.ops.deform_attn.naive import query_coords
 
 POSITION_BIASES = ('table', 'log_cpb', 'fixed', 'dwc', None)
 # (query, key, hidden unit) triples that the MLP of 'log_cpb' works on at a time.

@@ -4,15 +4,16 @@ import torch.nn.functional as F
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from deform_gqa.ops.naive import repeat_kv
+from deform_gqa.checks import check_int
+from deform_gqa.ops.common.heads import repeat_kv
 
-from .checks import check_int, check_rate
-from .heads import check_heads, merge_heads, split_heads
+from .base_attention import BaseAttention
+from .heads import merge_heads, split_heads
 from .norm import ChannelLayerNorm
 
 
 @MODELS.register_module()
-class PyramidAttention(nn.Module):
+class PyramidAttention(BaseAttention):
     """Spatial-reduction attention, (B, C, H, W) -> (B, C, H, W).
 
     Args:
@@ -42,19 +43,12 @@ class PyramidAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
+        super().__init__(dim, num_heads, num_kv_heads, attn_drop, proj_drop)
         check_int('sr_ratio', sr_ratio, 1)
-        check_rate('attn_drop', attn_drop)
-        check_rate('proj_drop', proj_drop)
         self.sr_ratio = sr_ratio
-        kv_dim = dim // num_heads * self.num_kv_heads
         self.q = nn.Conv2d(dim, dim, 1)
-        self.kv = nn.Conv2d(dim, 2 * kv_dim, 1)
-        self.attn_drop = attn_drop
+        self.kv = nn.Conv2d(dim, 2 * self.kv_dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
-        self.proj_drop = nn.Dropout(proj_drop)
         if sr_ratio > 1:
             self.proj_ds = nn.Sequential(
                 nn.Conv2d(dim, dim, sr_ratio, sr_ratio), ChannelLayerNorm(dim)
@@ -65,9 +59,7 @@ class PyramidAttention(nn.Module):
         q = split_heads(self.q(x), self.num_heads)
         kv = split_heads(self.kv(self._reduce(x)), 2 * self.num_kv_heads)
         k, v = (repeat_kv(t, self.num_heads) for t in kv.chunk(2, dim=1))
-        out = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.attn_drop if self.training else 0.0
-        )
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_p)
         return self.proj_drop(self.proj(merge_heads(out, (height, width))))
 
     def _reduce(self, x: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from mmdet.registry import MODELS
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from deform_gqa.ops.naive import repeat_kv
+from deform_gqa.checks import check_size
+from deform_gqa.ops.common.heads import repeat_kv
 
-from .checks import check_rate, check_size
-from .heads import check_heads, split_qkv
+from .base_attention import BaseAttention
+from .heads import split_qkv
 from .window_grid import WindowGrid
 
 # What the official code adds to the logits of pairs from different image regions.
@@ -30,7 +31,7 @@ def relative_position_index(window_size: tuple[int, int]) -> Tensor:
 
 
 @MODELS.register_module()
-class WindowAttention(nn.Module):
+class WindowAttention(BaseAttention):
     """Attention within windows, with a learnt bias: (B, C, H, W) -> (B, C, H, W).
 
     Maps that windows do not divide are padded with zeros on the right and at the
@@ -62,20 +63,13 @@ class WindowAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
+        super().__init__(dim, num_heads, num_kv_heads, attn_drop, proj_drop)
         self.window_size = check_size('window_size', window_size)
-        check_rate('attn_drop', attn_drop)
-        check_rate('proj_drop', proj_drop)
         self.shift = (0, 0)
         # (kinds, h * w, h * w) added to the logits of each kind of window, or None
         self.register_buffer('masks', None, persistent=False)
-        head_dim = dim // num_heads
-        self.proj_qkv = nn.Linear(dim, dim + 2 * head_dim * self.num_kv_heads)
+        self.proj_qkv = nn.Linear(dim, dim + 2 * self.kv_dim)
         self.proj_out = nn.Linear(dim, dim)
-        self.attn_drop = attn_drop
-        self.proj_drop = nn.Dropout(proj_drop)
         height, width = self.window_size
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros((2 * height - 1) * (2 * width - 1), num_heads)
@@ -111,7 +105,7 @@ class WindowAttention(nn.Module):
             repeat_kv(k, self.num_heads),
             repeat_kv(v, self.num_heads),
             attn_mask=bias.to(q.dtype).unsqueeze(0),
-            dropout_p=self.attn_drop if self.training else 0.0,
+            dropout_p=self.dropout_p,
         )
         return out.transpose(1, 2).flatten(2)
 

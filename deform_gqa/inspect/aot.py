@@ -1,0 +1,225 @@
+"""Compiles the kernels for a GPU that is not there and reads what came out.
+
+``record_launches`` runs the launchers of this package on CPU tensors with the
+launches themselves taken out, so that what is compiled is what a call would run.
+``compile_launch`` compiles one of them to a cubin, and ``inspect_cubin`` reads it
+with the tools inside the triton package. Not under TRITON_INTERPRET.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from deform_gqa.ops.common import triton_host
+
+TOOLS = pathlib.Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
+POINTERS = {
+    torch.float16: '*fp16',
+    torch.bfloat16: '*bf16',
+    torch.float32: '*fp32',
+    torch.int32: '*i32',
+    torch.int64: '*i64',
+}
+# Shared memory that one program may use, in bytes.
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@dataclasses.dataclass
+class Launch:
+    """One recorded call of a kernel."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict
+    options: dict
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+@contextlib.contextmanager
+def record_launches(arch: int) -> Iterator[list[Launch]]:
+    """Collects launches instead of running them, with the block sizes of ``arch``."""
+    launches = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        options = {
+            name: kwargs.pop(name)
+            for name in ('num_warps', 'num_stages', 'maxnreg', 'enable_fp_fusion')
+            if name in kwargs
+        }
+        arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launches.append(Launch(self, grid, arguments, options))
+
+    with (
+        mock.patch.object(JITFunction, 'run', record),
+        mock.patch.object(triton_host, 'architecture', lambda device: arch),
+    ):
+        yield launches
+
+
+def _signature(launch: Launch) -> tuple[dict, dict, dict]:
+    """Types, constants and alignments, specialised as a launch would do it."""
+    types, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.arguments[name]
+        specialise = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None:
+            types[name], constants[name] = 'constexpr', value
+        elif isinstance(value, torch.Tensor):
+            types[name] = POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(i,)] = [['tt.divisibility', 16]]
+        elif isinstance(value, float):
+            types[name] = 'fp32'
+        elif specialise and value == 1:
+            types[name], constants[name] = 'constexpr', 1
+        else:
+            types[name] = 'i32' if abs(value) < 2**31 else 'i64'
+            if specialise and value % 16 == 0:
+                attributes[(i,)] = [['tt.divisibility', 16]]
+    return types, constants, attributes
+
+
+def compile_launch(launch: Launch, arch: int):
+    """The compiled kernel; its ``asm`` has ttgir, ptx and cubin."""
+    types, constants, attributes = _signature(launch)
+    source = ASTSource(launch.kernel, types, constants, attributes)
+    return triton.compile(
+        source, target=GPUTarget('cuda', arch, 32), options=launch.options
+    )
+
+
+@dataclasses.dataclass
+class KernelReport:
+    """What the compiled code of one launch needs and does.
+
+    Attributes:
+        registers: 32-bit registers a thread.
+        stack_bytes, local_bytes: Memory that registers spill to; both should be 0.
+        shared_bytes: Shared memory of a program.
+        tensor_core: Tensor-core instructions (HMMA or HGMMA) in the whole kernel.
+        per_pair: Instructions a (query, key) pair of the innermost loop that holds
+            an exp, by kind: each counts once a thread, so 32 times a warp. Empty
+            where a kernel has no such loop.
+    """
+
+    name: str
+    arch: int
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    tensor_core: int
+    per_pair: dict[str, float]
+
+
+def _run_tool(name: str, *arguments: str) -> str:
+    return subprocess.run(
+        [TOOLS / name, *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """(resource usage by cuobjdump, SASS by nvdisasm)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, 'kernel.cubin')
+        path.write_bytes(cubin)
+        usage = _run_tool('cuobjdump', '-res-usage', str(path))
+        return usage, _run_tool('nvdisasm', '-c', str(path))
+
+
+def _instructions(sass: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions in order, and the index that each label stands before."""
+    instructions, labels = [], {}
+    for line in sass.splitlines():
+        if label := re.match(r'\s*(\.L_x_\d+):', line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r'\s*/\*[0-9a-f]+\*/\s+(.*?);', line):
+            instructions.append(re.sub(r'^@!?U?P\w+\s+', '', instruction[1].strip()))
+    return instructions, labels
+
+
+def _loop_with_exp(sass: str) -> list[str]:
+    """The largest among the innermost loops that hold an exp."""
+    instructions, labels = _instructions(sass)
+    loops = []
+    for end, text in enumerate(instructions):
+        target = re.match(r'BRA.*?(\.L_x_\d+)', text)
+        begin = labels.get(target[1], end + 1) if target else end + 1
+        if begin <= end and any('MUFU.EX2' in t for t in instructions[begin:end]):
+            loops.append((begin, end + 1))
+    innermost = [
+        (a, b)
+        for a, b in loops
+        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)
+    ]
+    begin, end = max(innermost, key=lambda x: x[1] - x[0], default=(0, 0))
+    return instructions[begin:end]
+
+
+def _kind(instruction: str) -> str:
+    name = instruction.split()[0]
+    if name.startswith(('HMMA', 'HGMMA')):
+        return 'mma'
+    if name == 'MUFU.EX2':
+        return 'exp'
+    if name.startswith(('LDG', 'LDGSTS')):
+        return 'global loads'
+    if name.startswith(('RED', 'ATOM')):
+        return 'atomics'
+    if name.startswith(('LDS', 'STS', 'LDSM', 'STSM')):
+        return 'shared memory'
+    return 'other'
+
+
+def inspect_cubin(
+    name: str, arch: int, kernel, pairs_per_iteration: int
+) -> KernelReport:
+    """Reads the cubin of a compiled kernel."""
+    usage, sass = disassemble(kernel.asm['cubin'])
+    found = {
+        key: int(re.search(rf'\b{key}:(\d+)', usage)[1])
+        for key in ('REG', 'STACK', 'LOCAL')
+    }
+    loop = _loop_with_exp(sass)
+    lanes = 32 * kernel.metadata.num_warps
+    counts = Counter(map(_kind, loop))
+    per_pair = {
+        kind: count * lanes / pairs_per_iteration for kind, count in counts.items()
+    }
+    if loop:
+        per_pair['all'] = len(loop) * lanes / pairs_per_iteration
+    return KernelReport(
+        name=name,
+        arch=arch,
+        registers=found['REG'],
+        stack_bytes=found['STACK'],
+        local_bytes=found['LOCAL'],
+        shared_bytes=kernel.metadata.shared,
+        tensor_core=len(re.findall(r'\bHG?MMA\b', sass)),
+        per_pair=per_pair,
+    )
+
+
+def report_launch(launch: Launch, arch: int) -> KernelReport:
+    """Compiles a launch and reads the result."""
+    kernel = compile_launch(launch, arch)
+    size = launch.arguments
+    tiled = {'R', 'C', 'BN'} <= size.keys()
+    pairs = size['R'] * size['C'] * size['BN'] if tiled else 1
+    return inspect_cubin(launch.name, arch, kernel, pairs)

@@ -1,0 +1,1 @@
+"""What several ops use. Imports torch alone; its Triton pieces also triton."""

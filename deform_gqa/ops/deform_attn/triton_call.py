@@ -1,0 +1,153 @@
+"""Host side of the deform_attn kernels: what every launch of one call shares."""
+
+import dataclasses
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ..common import triton_host
+from ..common.block_sizes import BlockSizes, dot_part, pad_head_dim
+from ..common.constants import LOG2E
+from ..common.triton_host import split_scale, vector
+from .block_sizes import Features, block_sizes
+from .patches import (
+    MAX_WINDOW,
+    MIN_WINDOW,
+    Patch,
+    TableAxis,
+    axis_of,
+    choose_patch,
+    flat_patch,
+    window_of,
+)
+from .triton_key_taps import key_taps
+from .triton_pack_table import pack_table, row_pitch
+
+
+@dataclasses.dataclass
+class DeformAttnCall:
+    """One call of deform_attn: shapes, scales and the geometry of the bias."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pos: Tensor | None
+    rpb_table: Tensor | None
+    seed: int
+    grid_size: tuple[int, int]
+    scale: float
+    dropout_p: float
+    pos_in_range: bool
+
+    def __post_init__(self):
+        self.batch, self.heads, self.queries, self.head_dim = self.q.shape
+        self.kv_heads, self.keys = self.k.shape[1:3]
+        self.arch = triton_host.architecture(self.q.device)
+        self.has_bias = self.rpb_table is not None
+        self.groups = self.pos.shape[1] if self.has_bias else 1
+        # Query heads with keys and positions in common.
+        self.heads_sharing = math.gcd(
+            self.heads // self.kv_heads, self.heads // self.groups
+        )
+        self.q_factor, self.scale = split_scale(self.scale)
+        if self.has_bias:
+            self.map_size = self.grid_size
+            self.table_size = tuple(self.rpb_table.shape[1:])
+            self.axis_y, self.axis_x = (
+                axis_of(*sizes)
+                for sizes in zip(self.grid_size, self.table_size, strict=True)
+            )
+        else:
+            self.map_size = (self.queries, 1)
+            self.table_size = (1, 1)
+            self.axis_y = self.axis_x = TableAxis(0.0, 0.0, 0.0)
+
+    @functools.cached_property
+    def features(self) -> Features:
+        window = MIN_WINDOW
+        if self.has_bias:
+            window = min(window_of(self.axis_x.step, 16), MAX_WINDOW)
+        return Features(
+            window=window,
+            bias=self.has_bias,
+            dropout=self.dropout_p > 0,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+
+    def sizes(self, kernel: str) -> BlockSizes:
+        return block_sizes(
+            kernel, self.head_dim, self.q.dtype, self.arch, self.features
+        )
+
+    def patch(self, sizes: BlockSizes) -> Patch:
+        """Of a kernel whose programs walk over keys: of the rows of stacked heads."""
+        height, width = self.map_size
+        height *= self.heads_sharing
+        if not self.has_bias:
+            return flat_patch(sizes.queries, height)
+        return choose_patch(sizes.queries, height, width, self.axis_x.step)
+
+    def packed_table(self, patch: Patch) -> Tensor | None:
+        """In float16 beside 16-bit q: its 11 bits lose less than a bfloat16 bias."""
+        if not self.has_bias:
+            return None
+        dtype = torch.float32 if self.q.dtype == torch.float32 else torch.float16
+        return pack_table(self.rpb_table, patch.window, 1 / self.scale, dtype)
+
+    def key_taps(self, sizes: BlockSizes) -> Tensor | None:
+        if not self.has_bias:
+            return None
+        return key_taps(self.pos, self.axis_y, self.axis_x, sizes.keys)
+
+    def num_patches(self, patch: Patch, heads: int = 1) -> int:
+        """Patches of the rows of so many stacked heads."""
+        height, width = self.map_size
+        return math.ceil(height * heads / patch.rows) * math.ceil(width / patch.cols)
+
+    def grid(self, patch: Patch) -> tuple[int]:
+        """Programs of such a kernel."""
+        heads = self.heads_sharing
+        return (self.batch * self.heads // heads * self.num_patches(patch, heads),)
+
+    def input_strides(self) -> tuple[int, ...]:
+        return *self.q.stride(), *self.k.stride(), *self.v.stride()
+
+    def arguments(self, patch: Patch) -> dict:
+        """Arguments by name that the forward and backward kernels have in common."""
+        height, width = self.map_size
+        table_h, table_w = self.table_size
+        return dict(
+            num_heads=self.heads,
+            heads_per_kv=self.heads // self.kv_heads,
+            heads_per_group=self.heads // self.groups,
+            num_keys=self.keys,
+            head_dim=self.head_dim,
+            height=height,
+            width=width,
+            table_h=table_h,
+            table_w=table_w,
+            row_pitch=row_pitch(table_w, patch.window),
+            step_y=self.axis_y.step,
+            step_x=self.axis_x.step,
+            q_factor=self.q_factor,
+            scale_log2=self.scale * LOG2E,
+            seed=self.seed,
+            dropout_p=self.dropout_p,
+            D=self.head_dim,
+            DP=pad_head_dim(self.head_dim),
+            PART=dot_part(self.head_dim, self.q.dtype),
+            R=patch.rows,
+            C=patch.cols,
+            CW=patch.window,
+            HAS_BIAS=self.has_bias,
+            IN_RANGE=self.pos_in_range,
+            DROPOUT=self.dropout_p > 0,
+            SCALE_Q=self.q_factor != 1.0,
+            KV_VEC=vector(self.k, self.v),
+            # The default up to Triton 3.9 only.
+            enable_fp_fusion=True,
+            # Or the compiler spills a few registers for a step of occupancy.
+            maxnreg=255 if self.features.fine_table else None,
+        )

@@ -1,0 +1,225 @@
+"""The Triton kernels on the CPU, by the interpreter: TRITON_INTERPRET=1."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import DeformAttnCase, draw_inputs, output_and_gradients
+from drawn_cases import small_cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+pytest.importorskip('triton')
+
+from triton_cases import (
+    SIZES,
+    assert_as_good_as,
+    poisoned_memory,
+    tile_sizes,
+    to_double,
+)
+
+from deform_gqa.ops import deform_attn
+from deform_gqa.ops.common.heads import repeat_kv
+from deform_gqa.ops.deform_attn import naive
+from deform_gqa.ops.deform_attn.api import deform_attn_op
+from deform_gqa.ops.deform_attn.triton_launch import (
+    deform_attn_backward,
+    deform_attn_forward,
+)
+
+pytestmark = pytest.mark.interpret
+
+CASE = DeformAttnCase(
+    batch=2,
+    heads=4,
+    kv_heads=2,
+    groups=2,
+    grid_size=(5, 9),
+    keys=19,
+    head_dim=16,
+    table_size=(7, 6),
+    reach=1.3,
+    strided=False,
+    seed=0,
+)
+ATOL = {torch.float32: 5e-5, torch.float16: 3e-3}
+
+
+def run(case, backend, inputs, **options):
+    def op(*tensors):
+        return deform_attn(
+            *tensors, grid_size=case.grid_size, backend=backend, **options
+        )
+
+    return output_and_gradients(op, inputs)
+
+
+def check(case, dtype, **options):
+    inputs = draw_inputs(case, dtype)
+    options = {'pos_in_range': case.reach <= 1, **options}
+    with poisoned_memory():
+        actual = run(case, 'triton', inputs, **options)
+    expected = run(case, 'naive', inputs, **options)
+    exact = run(case, 'naive', to_double(inputs), **options)
+    assert_as_good_as(actual, expected, exact, ATOL[dtype])
+
+
+# Two of each 100 so that both workers of pytest-xdist have something to do.
+@pytest.mark.parametrize('half', [0, 1])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_equals_naive(dtype, half):
+    @settings(max_examples=55, deadline=None, derandomize=True, database=None)
+    @given(small_cases(), st.sampled_from(SIZES))
+    def check_drawn(case, sizes):
+        with tile_sizes(sizes):
+            check(dataclasses.replace(case, seed=2 * case.seed + half), dtype)
+
+    check_drawn()
+
+
+@pytest.mark.parametrize('head_dim', [128, 200, 256])
+def test_large_head_dims(head_dim):
+    case = dataclasses.replace(CASE, batch=1, heads=2, groups=1, kv_heads=1)
+    check(dataclasses.replace(case, head_dim=head_dim, keys=7), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ('grid_size', 'table_size'),
+    [
+        ((1, 1), (1, 1)),
+        ((1, 40), (5, 3)),
+        ((3, 2), (40, 100)),  # steps of dozens of cells: patches one column wide
+        ((33, 3), (5, 5)),  # several patches below each other
+        ((20, 18), (9, 7)),  # sums over patch rows
+    ],
+)
+def test_shapes(grid_size, table_size):
+    case = dataclasses.replace(CASE, batch=1, heads=1, kv_heads=1, groups=1, keys=9)
+    case = dataclasses.replace(case, grid_size=grid_size, table_size=table_size)
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize('scale', [-0.7, 0.0, 1e-4, 3.0])
+def test_scales(scale):
+    case = dataclasses.replace(CASE, batch=1, heads=2, kv_heads=1, groups=1)
+    check(case, torch.float32, scale=scale)
+
+
+def test_positions_on_the_border():
+    """|pos| == 1 with the promise that it is never more."""
+    case = dataclasses.replace(CASE, reach=1.0)
+    inputs = draw_inputs(case, torch.float32)
+    with torch.no_grad():
+        inputs[3][:, :, ::2] = inputs[3][:, :, ::2].sign()
+    actual = run(case, 'triton', inputs, pos_in_range=True)
+    expected = run(case, 'naive', inputs)
+    for i in (0, 1, 2, 3, 5):  # position gradients jump there
+        assert_close(actual[i], expected[i], rtol=1e-4, atol=1e-4)
+
+
+def test_far_and_non_finite_positions_stay_in_bounds():
+    case = dataclasses.replace(CASE, batch=1)
+    inputs = draw_inputs(case, torch.float32)
+    with torch.no_grad():
+        inputs[3][0, :, 0] = 1e30
+        inputs[3][0, :, 1] = float('inf')
+        inputs[3][0, :, 2] = float('nan')
+    run(case, 'triton', inputs)
+
+
+@pytest.mark.parametrize('table', [True, False])
+def test_empty_batch(table):
+    case = dataclasses.replace(CASE, batch=0)
+    case = case if table else dataclasses.replace(case, table_size=None)
+    inputs = draw_inputs(case, torch.float32)
+    for x, grad in zip(inputs, run(case, 'triton', inputs)[1:], strict=False):
+        assert grad.shape == x.shape
+
+
+@pytest.mark.parametrize('table', [True, False])
+def test_deterministic_mode(table):
+    case = CASE if table else dataclasses.replace(CASE, table_size=None)
+    inputs = draw_inputs(case, torch.float32)
+    expected = run(case, 'triton', inputs)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (run(case, 'triton', inputs) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b, e in zip(first, second, expected, strict=True):
+        assert torch.equal(a, b)
+        assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def identity_values(case):
+    """Inputs whose output is the matrix of attention weights itself."""
+    q, k, v, pos, table = draw_inputs(case, torch.float32)
+    with torch.no_grad():
+        v.copy_(torch.eye(case.keys).expand_as(v))
+    return q, k, v, pos, table
+
+
+def test_dropout_is_the_same_in_forward_and_backward():
+    case = dataclasses.replace(CASE, keys=16, kv_heads=1, batch=1)
+    inputs = identity_values(case)
+    options = dict(grid_size=case.grid_size, scale=0.25)
+    kernel = dict(seed=11, dropout_p=0.4, pos_in_range=False, **options)
+    out, lse = deform_attn_forward(*inputs, **kernel)
+    keep = (out != 0).float() / 0.6
+
+    weights = naive.deform_attn(*inputs, **options, dropout_p=0.0)
+    expected = torch.einsum(
+        'bhns,bhsd->bhnd', weights * keep, inputs[2].expand(-1, 4, -1, -1)
+    )
+    assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert 0.35 < (out == 0).float().mean() < 0.45
+
+    # The values are the identity only in forward: their gradient is linear anyway.
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    wanted = torch.autograd.grad(
+        _dropped_attention(inputs, keep, options), inputs, grad_out
+    )
+    actual = deform_attn_backward(grad_out, out, lse, *inputs, **kernel)
+    for a, w in zip(actual, wanted, strict=True):
+        assert_close(a, w, rtol=1e-3, atol=1e-4)
+
+    other, _ = deform_attn_forward(*inputs, **{**kernel, 'seed': 12})
+    assert ((other == 0) != (out == 0)).float().mean() > 0.3
+
+
+def _dropped_attention(inputs, keep, options):
+    """naive attention, its weights times a given mask."""
+    q, k, v, pos, table = inputs
+    eye = torch.eye(v.shape[2]).expand_as(v)
+    weights = naive.deform_attn(q, k, eye, pos, table, **options, dropout_p=0.0)
+    values = repeat_kv(v, q.shape[1])
+    return torch.einsum('bhns,bhsd->bhnd', weights * keep, values)
+
+
+def test_log_sum_exp():
+    inputs = draw_inputs(CASE, torch.float32)
+    _, lse = deform_attn_forward(
+        *inputs,
+        seed=0,
+        grid_size=CASE.grid_size,
+        scale=0.3,
+        dropout_p=0.0,
+        pos_in_range=False,
+    )
+    q, k, _, pos, table = inputs
+    logits = torch.einsum('bhnd,bhsd->bhns', q, repeat_kv(k, 4)) * 0.3
+    logits = logits + naive.interpolated_bias(pos, table, CASE.grid_size)
+    assert_close(lse, logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_opcheck():
+    case = dataclasses.replace(CASE, batch=1, heads=2, kv_heads=1, groups=1)
+    options = torch.tensor(3), *case.grid_size, 0.3, 0.1, False, 'triton'
+    torch.library.opcheck(deform_attn_op, (*draw_inputs(case, torch.float32), *options))
+
+
+def test_double_precision_is_refused():
+    with pytest.raises(ValueError, match='float64'):
+        run(CASE, 'triton', draw_inputs(CASE, torch.float64))

@@ -36,8 +36,10 @@ from typing import Any
 import cv2
 import numpy as np
 
+from deform_gqa.checks import check_int
+
 from .coco import coco_categories, mask_to_polygons, write_json
-from .shapes_config import CLASSES, SPLITS, ShapesConfig, check_int
+from .shapes_config import CLASSES, SPLITS, ShapesConfig
 from .shapes_drawing import Sample, make_sample
 
 METADATA_FILE = 'shapes.json'

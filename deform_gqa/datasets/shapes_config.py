@@ -1,8 +1,9 @@
 """Parameters of the synthetic shapes dataset (``shapes.py``)."""
 
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
 from typing import Any
+
+from deform_gqa.checks import check_int, check_number
 
 CLASSES = ('circle', 'square', 'triangle', 'star', 'cross', 'crescent')
 SPLITS = ('train', 'val')
@@ -56,8 +57,7 @@ class ShapesConfig:
             )
         for side in self.image_size:
             check_int('image_size', side, MIN_IMAGE_SIZE)
-        if isinstance(self.min_visible, bool) or not isinstance(self.min_visible, Real):
-            raise TypeError(f'min_visible must be a number, got {self.min_visible!r}')
+        check_number('min_visible', self.min_visible)
         if not 0 < self.min_visible <= 1:
             raise ValueError(f'min_visible must be in (0, 1], got {self.min_visible}')
         self._use_plain_numbers()
@@ -83,11 +83,3 @@ class ShapesConfig:
             **asdict(self),
             'image_size': list(self.image_size),
         }
-
-
-def check_int(name: str, value: object, minimum: int) -> None:
-    """Raises TypeError or ValueError with the name and the value."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f'{name} must be an integer, got {value!r}')
-    if value < minimum:
-        raise ValueError(f'{name} must be at least {minimum}, got {value}')

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from .shapes_config import CLASSES, SPLITS, ShapesConfig, check_int
+from deform_gqa.checks import check_int
+
+from .shapes_config import CLASSES, SPLITS, ShapesConfig
 
 # Square root of a shape's whole area, in pixels, and how often a range is drawn. The
 # bounds lie a little inside those of COCO (32 and 96), as occlusion takes area away.

@@ -16,9 +16,9 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
+from deform_gqa.checks import check_int
 from deform_gqa.engine.checkpoint_io import AtomicLocalBackend
 from deform_gqa.engine.hooks.runtime_benchmark_options import (
-    check_integer,
     check_modules,
     check_out_dir,
 )
@@ -114,9 +114,9 @@ class RuntimeBenchmarkHook(Hook):
         out_dir: str | Path | None = None,
         log_scalars: bool = True,
     ) -> None:
-        check_integer('interval', interval, 1)
-        check_integer('eval_interval', eval_interval, 1)
-        check_integer('warmup_iters', warmup_iters, 0)
+        check_int('interval', interval, 1)
+        check_int('eval_interval', eval_interval, 1)
+        check_int('warmup_iters', warmup_iters, 0)
         check_out_dir(out_dir)
         if not isinstance(log_scalars, bool):
             raise TypeError(f'log_scalars must be a bool, got {log_scalars!r}')

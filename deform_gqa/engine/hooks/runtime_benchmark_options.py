@@ -5,13 +5,6 @@ from pathlib import Path
 from typing import Any
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f'{name} must be an int, got {value!r}')
-    if value < least:
-        raise ValueError(f'{name} must be at least {least}, got {value}')
-
-
 def check_out_dir(out_dir: Any) -> None:
     if out_dir is None:
         return

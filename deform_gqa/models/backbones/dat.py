@@ -8,10 +8,12 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.checks import check_backend, check_int, check_rate
+from deform_gqa.archs import NUM_STAGES, resolve_arch
+from deform_gqa.checks import check_int, check_rate
+from deform_gqa.ops.common.backends import check_backend
+
 from ..layers.norm import ChannelLayerNorm
 from .blocks import check_letters, resolve_overrides
-from .dat_arch import NUM_STAGES, resolve_arch
 from .dat_checkpoint import load_dat_checkpoint
 from .dat_stage import DATStage
 
@@ -145,6 +147,8 @@ class DAT(BaseModule):
     def _check(out_indices: Sequence[int], frozen_stages: int) -> None:
         if not isinstance(out_indices, Sequence):
             raise TypeError(f'out_indices must be a list, got {out_indices!r}')
+        for index in out_indices:
+            check_int('out_indices', index)
         if not out_indices or not set(out_indices) <= set(range(NUM_STAGES)):
             raise ValueError(
                 f'out_indices must be among 0 to {NUM_STAGES - 1}, got {out_indices}'

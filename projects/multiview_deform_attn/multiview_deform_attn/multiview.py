@@ -6,15 +6,15 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from deform_gqa.models.layers.checks import check_backend, check_int, check_rate
-from deform_gqa.models.layers.heads import check_heads
+from deform_gqa.checks import check_int
+from deform_gqa.models.layers.base_attention import BaseAttention, check_offset_groups
 from deform_gqa.ops import deform_sdpa
 
 from .points import Atlas, pixel_steps, ring_offsets
 
 
 @MODELS.register_module()
-class MultiViewDeformableAttention(nn.Module):
+class MultiViewDeformableAttention(BaseAttention):
     """Queries attend points near their reference point in every view and scale.
 
     One softmax covers all views, scales and points. A point outside its map has a
@@ -56,37 +56,22 @@ class MultiViewDeformableAttention(nn.Module):
         proj_drop: float = 0.0,
         backend: str = 'auto',
     ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
+        super().__init__(dim, num_heads, num_kv_heads, attn_drop, proj_drop, backend)
         groups = self.num_kv_heads if offset_groups is None else offset_groups
-        check_int('offset_groups', groups, 1)
-        if num_heads % groups:
-            raise ValueError(
-                f'num_heads must be a multiple of offset_groups, got '
-                f'num_heads={num_heads}, offset_groups={groups}'
-            )
+        check_offset_groups(num_heads, groups)
         for name, count in (('num_levels', num_levels), ('num_points', num_points)):
             check_int(name, count, 1)
-        check_rate('attn_drop', attn_drop)
-        check_rate('proj_drop', proj_drop)
-        check_backend(backend)
-        self.dim = dim
         self.num_levels = num_levels
         self.offset_shape = (groups, num_levels, num_points, 2)
-        self.backend = backend
-        kv_dim = dim // num_heads * self.num_kv_heads
         self.offsets = nn.Linear(dim, groups * num_levels * num_points * 2)
         nn.init.zeros_(self.offsets.weight)
         first = ring_offsets(groups, num_points)[:, None].expand(self.offset_shape)
         with torch.no_grad():
             self.offsets.bias.copy_(first.flatten())
         self.proj_q = nn.Linear(dim, dim)
-        self.proj_kv = nn.Conv2d(dim, 2 * kv_dim, 1)
+        self.proj_kv = nn.Conv2d(dim, 2 * self.kv_dim, 1)
         self.level_embed = nn.Parameter(torch.zeros(num_levels, dim))
         self.proj_out = nn.Linear(dim, dim)
-        self.attn_drop = attn_drop
-        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
         self, query: Tensor, maps: Sequence[Tensor], reference_points: Tensor
@@ -119,7 +104,7 @@ class MultiViewDeformableAttention(nn.Module):
             self._pixels(v),
             self.sampling_coords(query, reference_points, atlas),
             grid_size=atlas.size,
-            dropout_p=self.attn_drop if self.training else 0.0,
+            dropout_p=self.dropout_p,
             backend=self.backend,
         )
         return self.proj_drop(self.proj_out(out[:, 0].transpose(1, 2).flatten(2)))

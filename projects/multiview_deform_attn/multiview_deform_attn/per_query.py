@@ -4,8 +4,8 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from deform_gqa.models.layers.checks import check_backend, check_int, check_rate
-from deform_gqa.models.layers.heads import check_heads
+from deform_gqa.checks import check_int
+from deform_gqa.models.layers.base_attention import BaseAttention, check_offset_groups
 from deform_gqa.models.layers.norm import ChannelLayerNorm
 from deform_gqa.ops import deform_sdpa
 
@@ -13,7 +13,7 @@ from .points import pixel_centres, pixel_steps, ring_offsets
 
 
 @MODELS.register_module()
-class PerQueryDeformableAttention(nn.Module):
+class PerQueryDeformableAttention(BaseAttention):
     """Self-attention to P points around each query, (B, C, H, W) -> (B, C, H, W).
 
     A depthwise convolution of the queries predicts, for each offset group, P offsets
@@ -55,28 +55,16 @@ class PerQueryDeformableAttention(nn.Module):
         proj_drop: float = 0.0,
         backend: str = 'auto',
     ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = check_heads(dim, num_heads, num_kv_heads)
-        check_int('offset_groups', offset_groups, 1)
+        super().__init__(dim, num_heads, num_kv_heads, attn_drop, proj_drop, backend)
+        check_offset_groups(num_heads, offset_groups)
         check_int('num_points', num_points, 1)
         check_int('offset_kernel_size', offset_kernel_size, 1)
-        check_rate('attn_drop', attn_drop)
-        check_rate('proj_drop', proj_drop)
-        check_backend(backend)
-        if num_heads % offset_groups:
-            raise ValueError(
-                f'num_heads must be a multiple of offset_groups, got '
-                f'num_heads={num_heads}, offset_groups={offset_groups}'
-            )
         if offset_kernel_size % 2 == 0:
             raise ValueError(
                 f'offset_kernel_size must be odd, got {offset_kernel_size}'
             )
         self.num_points = num_points
         self.offset_groups = offset_groups
-        self.backend = backend
-        kv_dim = dim // num_heads * self.num_kv_heads
         group_dim = dim // offset_groups
         self.conv_offset = nn.Sequential(
             nn.Conv2d(
@@ -98,10 +86,8 @@ class PerQueryDeformableAttention(nn.Module):
         # (G, P, 2) learnable offsets in pixels, the same for all queries
         self.base_offset = nn.Parameter(first.repeat(offset_groups, 1, 1))
         self.proj_q = nn.Conv2d(dim, dim, 1)
-        self.proj_kv = nn.Conv2d(dim, 2 * kv_dim, 1)
+        self.proj_kv = nn.Conv2d(dim, 2 * self.kv_dim, 1)
         self.proj_out = nn.Conv2d(dim, dim, 1)
-        self.attn_drop = attn_drop
-        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
         size = tuple(x.shape[2:])
@@ -121,7 +107,7 @@ class PerQueryDeformableAttention(nn.Module):
             v,
             self.sampling_coords(q_map),
             grid_size=size,
-            dropout_p=self.attn_drop if self.training else 0.0,
+            dropout_p=self.dropout_p,
             backend=self.backend,
         )
         out = out.squeeze(1).transpose(2, 3).flatten(1, 2).unflatten(2, size)

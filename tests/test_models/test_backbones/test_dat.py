@@ -9,8 +9,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
+from deform_gqa.archs import ARCHS, resolve_arch
 from deform_gqa.models import DAT, DeformableGQA, PyramidAttention, WindowAttention
-from deform_gqa.models.backbones.dat_arch import ARCHS, resolve_arch
 from deform_gqa.models.backbones.dat_checkpoint import (
     DROPPED_BUFFERS,
     load_dat_checkpoint,
@@ -150,20 +150,21 @@ def test_dense_biases_are_not_resampled(kinds):
     assert load_dat_checkpoint(source, source.state_dict()) == ([], [])
 
 
-def readme_configs():
-    """The Python examples of the README's section on the backbone, executed."""
-    text = Path(__file__).parents[3].joinpath('README.md').read_text(encoding='utf-8')
-    section = text.split('### Put the backbone into your detector')[1].split('###')[0]
-    for block in section.split('```python\n')[1:]:
-        config = {}
-        exec(block.split('```')[0], config)
-        yield config
+def documented_config(page, section):
+    """The Python example of a section of the documentation, executed."""
+    text = Path(__file__).parents[3].joinpath(page).read_text(encoding='utf-8')
+    config = {}
+    exec(
+        text.split(f'## {section}\n')[1].split('```python\n')[1].split('```')[0], config
+    )
+    return config
 
 
-def test_readme_example_loads_an_official_checkpoint(tmp_path):
+def test_documented_example_loads_an_official_checkpoint(tmp_path):
     path = str(tmp_path / 'dat_pp_tiny.pth')
     torch.save({'model': zeros_of(load_state('dat_tiny_pp')['state'])}, path)
-    [config] = readme_configs()
+    section = 'Put the backbone into your detector'
+    config = documented_config('docs/user_guide.md', section)
     backbone = {**config['model']['backbone']}
     del backbone['_delete_']
     backbone['init_cfg'] = dict(backbone['init_cfg'], checkpoint=path)
@@ -172,6 +173,16 @@ def test_readme_example_loads_an_official_checkpoint(tmp_path):
     assert not model.stages[0].attns[0].qkv.weight.any()
     dims = [ARCHS['t++']['embed_dims'][i] for i in model.out_indices]
     assert config['model']['neck']['in_channels'] == dims
+
+
+def test_example_of_the_front_page():
+    config = documented_config('README.md', 'Ten lines of use')['model']
+    assert config['backbone'].pop('_delete_')
+    with torch.device('meta'):
+        model = MODELS.build(config['backbone'])
+    assert [model.stages[i].attns[-1].num_kv_heads for i in range(4)] == [1, 2, 4, 8]
+    dims = [ARCHS['t++']['embed_dims'][i] for i in model.out_indices]
+    assert config['neck']['in_channels'] == dims
 
 
 class TestInitCfg:
@@ -444,6 +455,22 @@ class TestAttentionOverrides:
         (dict(arch=MINI, with_cp=(True,)), ValueError, r'with_cp must .* \(True,\)'),
         (dict(arch=MINI, out_indices=(4,)), ValueError, r'out_indices .* got \(4,\)'),
         (dict(arch=MINI, out_indices=()), ValueError, 'out_indices'),
+        (dict(arch=MINI, out_indices=(0, True)), TypeError, 'out_indices .* got True'),
+        (dict(arch=MINI, out_indices=(1.0,)), TypeError, 'out_indices .* got 1.0'),
+        (dict(arch=MINI, num_kv_heads=True), TypeError, 'num_kv_heads .* got True'),
+        (dict(arch=MINI, frozen_stages=True), TypeError, 'frozen_stages .* got True'),
+        (dict(arch=MINI, drop_rate=False), TypeError, 'drop_rate .* got False'),
+        (
+            dict(arch={**MINI, 'depths': (True, 2, 2, 2)}),
+            TypeError,
+            "'depths' of stage 0 must be an integer, got True",
+        ),
+        (
+            dict(arch={**MINI, 'mlp_ratio': (4, 4, 4, True)}),
+            TypeError,
+            "'mlp_ratio' of stage 3 must be a number, got True",
+        ),
+        (dict(arch={**MINI, 'stem_dim': True}), TypeError, "'stem_dim' .* got True"),
         (dict(arch=MINI, frozen_stages=5), ValueError, 'frozen_stages .* got 5'),
         (dict(arch=MINI, drop_path_rate=1.0), ValueError, 'drop_path_rate .* got 1.0'),
         (dict(arch=MINI, drop_rate=-0.1), ValueError, 'drop_rate .* got -0.1'),

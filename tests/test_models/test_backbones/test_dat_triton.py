@@ -7,7 +7,7 @@ from torch import nn
 
 from deform_gqa.models import DAT
 from deform_gqa.models.backbones.dat_checkpoint import load_dat_checkpoint
-from deform_gqa.ops import backends
+from deform_gqa.ops.common import backends
 
 pytestmark = pytest.mark.interpret
 

@@ -13,6 +13,7 @@ from deform_gqa.models import (
     ShiftedWindowAttention,
     WindowAttention,
 )
+from deform_gqa.models.layers.base_attention import BaseAttention
 from deform_gqa.models.layers.deformable_gqa import reference_points
 
 DIM, HEADS = 32, 4
@@ -35,6 +36,33 @@ KV_PARAMETERS = {
 
 def draw(*shape, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+@pytest.mark.parametrize('module_class', ATTENTION)
+@pytest.mark.parametrize('kv_heads', [1, 4])
+def test_base_class(module_class, kv_heads):
+    module = module_class(
+        DIM, HEADS, kv_heads, attn_drop=0.25, **ATTENTION[module_class]
+    )
+    assert isinstance(module, BaseAttention)
+    assert (module.dim, module.num_heads, module.num_kv_heads) == (DIM, 4, kv_heads)
+    assert (module.head_dim, module.kv_dim) == (8, 8 * kv_heads)
+    assert module.dropout_p == 0.25
+    assert module.eval().dropout_p == 0.0
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'message'),
+    [
+        (dict(dim=True), TypeError, 'dim must be an integer, got True'),
+        (dict(dim=0), ValueError, 'dim must be at least 1, got 0'),
+        (dict(dim=30), ValueError, 'dim must be a multiple .* dim=30, num_heads=4'),
+        (dict(backend='trition'), ValueError, "backend must be one .* got 'trition'"),
+    ],
+)
+def test_options_of_the_base_class(options, error, message):
+    with pytest.raises(error, match=message):
+        BaseAttention(**{**dict(dim=DIM, num_heads=HEADS), **options})
 
 
 @pytest.mark.parametrize('module_class', [*ATTENTION, DepthwiseConv])
@@ -142,6 +170,9 @@ def test_bad_options(module_class, options, message):
     [
         (dict(num_kv_heads=1.0), TypeError, 'num_kv_heads .* integer, got 1.0'),
         (dict(num_heads=4.0), TypeError, 'num_heads .* integer, got 4.0'),
+        (dict(num_heads=True), TypeError, 'num_heads .* integer, got True'),
+        (dict(num_kv_heads=True), TypeError, 'num_kv_heads .* integer, got True'),
+        (dict(attn_drop=False), TypeError, 'attn_drop must be a number, got False'),
         (dict(attn_drop=1.5), ValueError, r'attn_drop must be in \[0, 1\), got 1.5'),
         (dict(proj_drop='0.1'), TypeError, "proj_drop must be a number, got '0.1'"),
         (dict(proj_drop=True), TypeError, 'proj_drop must be a number, got True'),
@@ -159,6 +190,8 @@ def test_bad_shared_options(module_class, options, error, message):
         (DeformableGQA, dict(table_size=(4, 4, 4)), r'table_size .* \(4, 4, 4\)'),
         (DeformableGQA, dict(table_size=8.0), 'table_size .* got 8.0'),
         (DeformableGQA, dict(table_size=8, stride=2.0), 'stride .* got 2.0'),
+        (DeformableGQA, dict(table_size=True), 'table_size .* got True'),
+        (DeformableGQA, dict(offset_groups=True), 'offset_groups .* got True'),
         (
             DeformableGQA,
             dict(table_size=8, offset_range_factor=None),
@@ -168,6 +201,7 @@ def test_bad_shared_options(module_class, options, error, message):
         (PyramidAttention, dict(sr_ratio='2'), "sr_ratio .* got '2'"),
         (WindowAttention, dict(window_size=(4, 4, 4)), r'window_size .* \(4, 4, 4\)'),
         (DepthwiseConv, dict(kernel_size=(3, 3)), r'kernel_size .* got \(3, 3\)'),
+        (DepthwiseConv, dict(kernel_size=True), 'kernel_size .* got True'),
     ],
 )
 def test_options_of_another_type(module_class, options, message):

@@ -219,6 +219,14 @@ def test_constructor_errors(changes, message):
         MultiheadGQA(**(options | changes))
 
 
+@pytest.mark.parametrize('value', [True, 4.0, '4'])
+@pytest.mark.parametrize('name', ['embed_dim', 'query_heads', 'kv_heads'])
+def test_counts_are_integers(name, value):
+    options = dict(embed_dim=CHANNELS, query_heads=HEADS, kv_heads=2)
+    with pytest.raises(TypeError, match=f'{name} must be an integer, got {value!r}'):
+        MultiheadGQA(**(options | {name: value}))
+
+
 @pytest.mark.parametrize(
     ('changes', 'error', 'message'),
     [

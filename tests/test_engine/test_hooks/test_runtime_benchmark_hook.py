@@ -350,15 +350,27 @@ def test_config():
     ('options', 'error', 'message'),
     [
         (dict(interval=0), ValueError, 'interval must be at least 1, got 0'),
-        (dict(interval=2.5), TypeError, 'interval must be an integer, got 2.5'),
-        (dict(interval=True), TypeError, 'interval must be an integer, got True'),
+        (
+            dict(interval=2.5),
+            TypeError,
+            'interval must be an integer, got 2.5 of type float',
+        ),
+        (
+            dict(interval=True),
+            TypeError,
+            'interval must be an integer, got True of type bool',
+        ),
         (
             dict(eval_interval=-1),
             ValueError,
             'eval_interval must be at least 1, got -1',
         ),
         (dict(warmup_iters=-1), ValueError, 'warmup_iters must be at least 0, got -1'),
-        (dict(warmup_iters='9'), TypeError, "warmup_iters must be an integer, got '9'"),
+        (
+            dict(warmup_iters='9'),
+            TypeError,
+            "warmup_iters must be an integer, got '9' of type str",
+        ),
         (dict(log_scalars=1), TypeError, 'log_scalars must be a bool, got 1'),
         (dict(out_dir=3), TypeError, 'out_dir must be a str or a Path, got 3'),
         (

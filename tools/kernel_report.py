@@ -1,23 +1,32 @@
 """Prints what the compiled Triton kernels need and do, without a GPU.
 
     python tools/kernel_report.py
-    python tools/kernel_report.py --arch 90 --head-dim 32 64 128 --dtype float32
+    python tools/kernel_report.py --tables layers --arch 90 --json after.json
+    python tools/kernel_report.py --compare before.json after.json
 
-Registers, spills, shared memory and tensor-core instructions are those of a whole
-kernel; the counts per pair are instructions of the inner loop for one (query, key,
-head) pair, at stage 1 of DAT-T++ on an 800 x 1333 image; where it multiplies the head
-dimensions in parts, those loops count once. A second deform_attn_dkdv_kernel is the
-launch for the gradients of the bias. The table of deform_sdpa
-counts in the loop over points, for a lane and for one (query, point, head).
+Table 'layers': the kernels of deform_attn as the D layers of DAT-T++ launch them, at
+all four stages and two image sizes, with the clocks that they keep each pipe of a
+multiprocessor busy, and a bound of their time from that (deform_gqa/inspect/pipes.py).
+Table 'kernels': registers, spills, shared memory and tensor-core instructions of whole
+kernels; the counts per pair are instructions of the inner loop for one (query, key,
+head) pair, at stage 1 on an 800 x 1333 image; where it multiplies the head dimensions
+in parts, those loops count once. A second deform_attn_dkdv_kernel is the launch for the
+gradients of the bias. Table 'points': deform_sdpa's loop over points, for a lane and
+for one (query, point, head).
+
+``--compare`` compiles nothing and fails if a kernel got more registers, spills or
+instructions.
 """
 
 import argparse
+import pathlib
 
 import torch
 
-from deform_gqa.inspect import aot, sdpa_report
+from deform_gqa.inspect import aot, layer_table, sdpa_report
 from deform_gqa.inspect.representative import attention, neighborhood, sampling
 
+TABLES = ('layers', 'kernels', 'points')
 HEADER = (
     f'{"kernel":27} {"sm":>3} {"D":>4} {"dtype":>9} {"registers":>9} {"spills_B":>8} '
     f'{"shared_KiB":>10} {"mma":>4} {"per pair":>8}  of these'
@@ -28,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument('--tables', nargs='+', default=TABLES, choices=TABLES)
     parser.add_argument('--arch', type=int, nargs='+', default=[80, 90])
     parser.add_argument('--head-dim', type=int, nargs='+', default=[32, 64])
     parser.add_argument(
@@ -36,7 +46,20 @@ def parse_args() -> argparse.Namespace:
         default=['bfloat16', 'float16'],
         choices=['bfloat16', 'float16', 'float32'],
     )
-    return parser.parse_args()
+    parser.add_argument(
+        '--json', type=pathlib.Path, help="file for what table 'layers' reports"
+    )
+    parser.add_argument(
+        '--compare',
+        type=pathlib.Path,
+        nargs=2,
+        metavar=('BEFORE', 'AFTER'),
+        help='two such files',
+    )
+    args = parser.parse_args()
+    if args.json and 'layers' not in args.tables:
+        parser.error("--json saves table 'layers', which --tables leaves out")
+    return args
 
 
 def print_report(report: aot.KernelReport, head_dim: int | str, dtype: str) -> None:
@@ -52,8 +75,7 @@ def print_report(report: aot.KernelReport, head_dim: int | str, dtype: str) -> N
     )
 
 
-def main() -> None:
-    args = parse_args()
+def print_kernels(args: argparse.Namespace) -> None:
     print(HEADER)
     for arch in args.arch:
         for dtype in args.dtype:
@@ -67,9 +89,30 @@ def main() -> None:
                     print_report(report, head_dim, dtype)
             for launch in sampling(arch, getattr(torch, dtype)):
                 print_report(aot.report_launch(launch, arch), '-', dtype)
+
+
+def compare(before: pathlib.Path, after: pathlib.Path) -> int:
+    """Prints what got worse; the exit code."""
+    lines = layer_table.worsened(before, after)
+    print('\n'.join(lines) or 'No kernel got more registers, spills or instructions.')
+    return 1 if lines else 0
+
+
+def main() -> int:
+    args = parse_args()
+    if args.compare:
+        return compare(*args.compare)
     dtypes = [getattr(torch, dtype) for dtype in args.dtype]
-    sdpa_report.print_table(args.arch, args.head_dim, dtypes)
+    if 'layers' in args.tables:
+        entries = layer_table.print_layers(args.arch, args.head_dim, dtypes)
+        if args.json:
+            layer_table.save(entries, args.json)
+    if 'kernels' in args.tables:
+        print_kernels(args)
+    if 'points' in args.tables:
+        sdpa_report.print_table(args.arch, args.head_dim, dtypes)
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    raise SystemExit(main())

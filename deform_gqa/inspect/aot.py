@@ -19,10 +19,13 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from deform_gqa.ops.common import triton_host
+
+from . import sass
 
 TOOLS = pathlib.Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 POINTERS = {
@@ -104,6 +107,22 @@ def compile_launch(launch: Launch, arch: int):
     )
 
 
+def serialised_products(kernel, arch: int) -> list[str]:
+    """ptxas's warnings (C7515 and the like) that wgmma of the kernel are serialised."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, 'kernel.ptx')
+        path.write_text(kernel.asm['ptx'])
+        target = re.search(r'^\.target (\w+)', kernel.asm['ptx'], re.MULTILINE)[1]
+        command = [get_ptxas(arch).path, f'--gpu-name={target}', '--verbose']
+        run = subprocess.run(
+            [*command, path, '-o', path.with_suffix('.cubin')],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return [line for line in run.stderr.splitlines() if 'serialized' in line]
+
+
 @dataclasses.dataclass
 class KernelReport:
     """What the compiled code of one launch needs and does.
@@ -114,8 +133,8 @@ class KernelReport:
         shared_bytes: Shared memory of a program.
         tensor_core: Tensor-core instructions (HMMA or HGMMA) in the whole kernel.
         per_pair: Instructions a (query, key) pair of the innermost loop that holds
-            an exp, by kind: each counts once a thread, so 32 times a warp. Empty
-            where a kernel has no such loop.
+            an exp, by kind: each counts once a thread, so 32 times a warp. Without
+            blocks that nearly every tile skips; empty where a kernel has no such loop.
     """
 
     name: str
@@ -143,37 +162,8 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
         return usage, _run_tool('nvdisasm', '-c', str(path))
 
 
-def _instructions(sass: str) -> tuple[list[str], dict[str, int]]:
-    """Instructions in order, and the index that each label stands before."""
-    instructions, labels = [], {}
-    for line in sass.splitlines():
-        if label := re.match(r'\s*(\.L_x_\d+):', line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r'\s*/\*[0-9a-f]+\*/\s+(.*?);', line):
-            instructions.append(re.sub(r'^@!?U?P\w+\s+', '', instruction[1].strip()))
-    return instructions, labels
-
-
-def _loop_with_exp(sass: str) -> list[str]:
-    """The largest among the innermost loops that hold an exp."""
-    instructions, labels = _instructions(sass)
-    loops = []
-    for end, text in enumerate(instructions):
-        target = re.match(r'BRA.*?(\.L_x_\d+)', text)
-        begin = labels.get(target[1], end + 1) if target else end + 1
-        if begin <= end and any('MUFU.EX2' in t for t in instructions[begin:end]):
-            loops.append((begin, end + 1))
-    innermost = [
-        (a, b)
-        for a, b in loops
-        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)
-    ]
-    begin, end = max(innermost, key=lambda x: x[1] - x[0], default=(0, 0))
-    return instructions[begin:end]
-
-
 def _kind(instruction: str) -> str:
-    name = instruction.split()[0]
+    name = sass.opcode(instruction)
     if name.startswith(('HMMA', 'HGMMA')):
         return 'mma'
     if name == 'MUFU.EX2':
@@ -191,14 +181,15 @@ def inspect_cubin(
     name: str, arch: int, kernel, pairs_per_iteration: int
 ) -> KernelReport:
     """Reads the cubin of a compiled kernel."""
-    usage, sass = disassemble(kernel.asm['cubin'])
+    usage, assembly = disassemble(kernel.asm['cubin'])
     found = {
         key: int(re.search(rf'\b{key}:(\d+)', usage)[1])
         for key in ('REG', 'STACK', 'LOCAL')
     }
-    loop = _loop_with_exp(sass)
+    code = sass.parse(assembly)
+    loop = sass.executed(code, sass.loop_with_exp(code))
     lanes = 32 * kernel.metadata.num_warps
-    counts = Counter(map(_kind, loop))
+    counts = Counter(_kind(code.instructions[i]) for i in loop)
     per_pair = {
         kind: count * lanes / pairs_per_iteration for kind, count in counts.items()
     }
@@ -211,7 +202,7 @@ def inspect_cubin(
         stack_bytes=found['STACK'],
         local_bytes=found['LOCAL'],
         shared_bytes=kernel.metadata.shared,
-        tensor_core=len(re.findall(r'\bHG?MMA\b', sass)),
+        tensor_core=len(re.findall(r'\bHG?MMA\b', assembly)),
         per_pair=per_pair,
     )
 

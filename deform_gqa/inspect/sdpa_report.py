@@ -17,7 +17,7 @@ from deform_gqa.ops.deform_sdpa.triton_launch import (
     deform_sdpa_forward,
 )
 
-from . import aot
+from . import aot, sass
 
 HEADS_PER_KV = (1, 4, 8)
 HEADER = (
@@ -94,8 +94,8 @@ def report_points(launch: aot.Launch, arch: int) -> PointReport:
     kernel = aot.compile_launch(launch, arch)
     queries, heads = launch.arguments['BQ'], launch.arguments['BR']
     report = aot.inspect_cubin(launch.name, arch, kernel, queries * heads)
-    _, sass = aot.disassemble(kernel.asm['cubin'])
-    names = Counter(text.split()[0] for text in aot._loop_with_exp(sass))
+    code = sass.parse(aot.disassemble(kernel.asm['cubin'])[1])
+    names = Counter(sass.opcode(code.instructions[i]) for i in sass.loop_with_exp(code))
 
     def count(*starts: str) -> int:
         return sum(n for name, n in names.items() if name.startswith(starts))

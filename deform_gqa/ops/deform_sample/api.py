@@ -6,7 +6,12 @@ from torch import Tensor
 from ..common import checks
 from ..common.autocast import without_autocast
 from ..common.backends import choose_backend
-from ..common.custom_op import contiguous_like, define, run_backend
+from ..common.custom_op import (
+    contiguous_like,
+    define,
+    register_autograd,
+    run_backend,
+)
 from . import naive
 from .embedding_bag import sample_by_bags
 
@@ -63,7 +68,8 @@ deform_sample_backward_op = define(
     lambda *args: run_backend('deform_sample', 'triton', 'backward', *args),
     lambda grad_out, x, pos: (torch.empty_like(x), contiguous_like(pos)),
 )
-deform_sample_op.register_autograd(
+register_autograd(
+    deform_sample_op,
     lambda ctx, grad_out: deform_sample_backward_op(grad_out, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )

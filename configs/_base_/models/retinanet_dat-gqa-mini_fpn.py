@@ -7,15 +7,7 @@ model = dict(
     backbone=dict(
         _delete_=True,
         type='DAT',
-        arch=dict(
-            embed_dims=(32, 64, 128, 256),
-            depths=(2, 2, 2, 2),
-            num_heads=(2, 4, 8, 16),
-            block_types=('ND', 'ND', 'ND', 'DD'),
-            offset_groups=(1, 2, 4, 8),
-            # tables made for 256 x 256 images
-            table_sizes=(64, 32, 16, 8),
-        ),
+        arch='mini',
         num_kv_heads=(1, 2, 4, 8),
         out_indices=(1, 2, 3),
     ),

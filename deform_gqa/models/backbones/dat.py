@@ -29,10 +29,11 @@ class DAT(BaseModule):
     ``out_indices`` (sides round up with ``conv_stem``, down without).
 
     Args:
-        arch: 't', 's', 'b' (DAT) or 't++', 's++', 'b++' (DAT++), or a dict with the
-            options of ``dat_arch.ARCH_DEFAULTS``. Block letters are L (window), S
-            (shifted window), N (neighborhood), D (deformable), P (pyramid), X
-            (depthwise convolution), or new ones that ``attention`` defines.
+        arch: 't', 's', 'b' (DAT), 't++', 's++', 'b++' (DAT++) or 'mini' (a DAT++ of 2
+            million parameters, for small images), or a dict with the options of
+            ``deform_gqa.archs.ARCH_DEFAULTS``. Block letters are L (window), S (shifted
+            window), N (neighborhood), D (deformable), P (pyramid), X (depthwise
+            convolution), or new ones that ``attention`` defines.
         num_kv_heads: Key/value heads of every attention block: None for as many as
             query heads, one number, or one a stage.
         attention: By block letter, what its blocks build: ``dict(type=..., ...)``.

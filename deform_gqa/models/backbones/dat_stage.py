@@ -17,7 +17,7 @@ class DATStage(nn.Module):
     """(B, dim_in, H, W) -> (B, dim, H, W). Parameter names are the official ones.
 
     Args:
-        arch: Complete arch dict (see ``dat_arch.py``).
+        arch: Complete arch dict (see ``deform_gqa.archs``).
         index: Index of the stage.
         dim_in: Channels of the input.
         attention: Overrides by block letter.

@@ -16,7 +16,16 @@ custom_imports = dict(
 )
 model = dict(
     backbone=dict(
-        arch=dict(block_types=('ND', 'ND', 'NQ', 'DD')),
+        # the arch 'mini' with other letters in its third stage
+        arch=dict(
+            _delete_=True,
+            embed_dims=(32, 64, 128, 256),
+            depths=(2, 2, 2, 2),
+            num_heads=(2, 4, 8, 16),
+            block_types=('ND', 'ND', 'NQ', 'DD'),
+            offset_groups=(1, 2, 4, 8),
+            table_sizes=(64, 32, 16, 8),
+        ),
         attention=dict(
             Q=dict(type='PerQueryDeformableAttention', num_points=8, offset_groups=2)
         ),

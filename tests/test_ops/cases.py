@@ -74,11 +74,40 @@ def draw_inputs(case: DeformAttnCase, dtype: torch.dtype) -> list[Tensor | None]
     return inputs
 
 
-def output_and_gradients(op, inputs: list[Tensor | None]) -> list[Tensor]:
-    """The output, and the gradients of a fixed loss to each input that is not None."""
+def output_and_gradients(
+    op, inputs: list[Tensor | None], loss_scale: float = 1.0
+) -> list[Tensor]:
+    """The output, and the gradients of a fixed loss to each input that is not None.
+
+    Args:
+        op: From the inputs to one tensor.
+        inputs: Tensors that require gradients, or None.
+        loss_scale: A power of two as GradScaler's, which the gradients are divided by
+            again; those that flow into ``op`` end at the largest float16.
+    """
     out = op(*inputs)
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    grad = (grad * loss_scale).clamp(-65504, 65504)
     present = [x for x in inputs if x is not None]
     grads = torch.autograd.grad(out, present, grad.to(out), allow_unused=True)
-    return [out, *(g for g in grads if g is not None)]
+    return [out, *(g / loss_scale for g in grads if g is not None)]
+
+
+def shift_logits(q: Tensor, k: Tensor, shift: float) -> None:
+    """Makes all logits of q (..., D) and k (..., D) lie around ``shift``, in place.
+
+    Takes a component for it. The scale of the logits is the default.
+    """
+    with torch.no_grad():
+        q[..., 0] = 1.0
+        k[..., 0] = shift * q.shape[-1] ** 0.5
+
+
+def unshift_gradient(grad_q: Tensor, shift: float) -> Tensor:
+    """Of q after :func:`shift_logits`: its component in units of that of k.
+
+    It is the sum over the keys of d(logit), which vanishes, times that of k.
+    """
+    size = max(1.0, abs(shift) * grad_q.shape[-1] ** 0.5)
+    return torch.cat([grad_q[..., :1] / size, grad_q[..., 1:]], dim=-1)

@@ -44,6 +44,7 @@ from .triton_bias import (
     query_rows,
     row_taps,
 )
+from .triton_fwd import mask_last_tile
 from .triton_key_taps import key_order
 from .triton_pack_table import table_of_head
 
@@ -229,6 +230,8 @@ def deform_attn_dkdv_kernel(
                     p_do_h, do_n, do_d, o_m, m_m, 1.0, p_v, v_s, v_d,
                     o_s, m_s, tl.zeros([R * C, BN], tl.float32), head_dim, PART,
                 )  # fmt: skip
+            # Behind the last key the weight exp2(-lse2) overflows where logits are low.
+            logits = mask_last_tile(logits, m_s, i_tile * BN, num_keys, BN)
             # (M, BN)
             weights = tl.exp2(logits * scale_log2 - lse2[:, None])
             dropped = weights

@@ -4,7 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from cases import DeformAttnCase, draw_inputs, output_and_gradients
+from cases import (
+    DeformAttnCase,
+    draw_inputs,
+    output_and_gradients,
+    shift_logits,
+    unshift_gradient,
+)
 from drawn_cases import small_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,23 +53,29 @@ CASE = DeformAttnCase(
 ATOL = {torch.float32: 5e-5, torch.float16: 3e-3}
 
 
-def run(case, backend, inputs, **options):
+def run(case, backend, inputs, loss_scale=1.0, **options):
     def op(*tensors):
         return deform_attn(
             *tensors, grid_size=case.grid_size, backend=backend, **options
         )
 
-    return output_and_gradients(op, inputs)
+    return output_and_gradients(op, inputs, loss_scale)
 
 
-def check(case, dtype, **options):
+def check(case, dtype, shift=None, **options):
     inputs = draw_inputs(case, dtype)
+    if shift is not None:
+        shift_logits(*inputs[:2], shift)
     options = {'pos_in_range': case.reach <= 1, **options}
     with poisoned_memory():
         actual = run(case, 'triton', inputs, **options)
     expected = run(case, 'naive', inputs, **options)
     exact = run(case, 'naive', to_double(inputs), **options)
-    assert_as_good_as(actual, expected, exact, ATOL[dtype])
+    if shift is not None:
+        for tensors in (actual, expected, exact):
+            tensors[1] = unshift_gradient(tensors[1], shift)
+    loss_scale = options.get('loss_scale', 1.0)
+    assert_as_good_as(actual, expected, exact, ATOL[dtype], loss_scale)
 
 
 # Two of each 100 so that both workers of pytest-xdist have something to do.
@@ -151,6 +163,21 @@ def test_deterministic_mode(table):
     for a, b, e in zip(first, second, expected, strict=True):
         assert torch.equal(a, b)
         assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+@pytest.mark.parametrize(
+    ('dtype', 'shift', 'loss_scale'),
+    [(torch.float32, -95, 1), (torch.float16, -12, 1024), (torch.float16, -300, 65536)],
+)
+def test_keys_behind_the_last_one(dtype, shift, loss_scale, deterministic):
+    """Their weight, exp(-lse), overflows where all logits are low."""
+    case = dataclasses.replace(CASE, batch=1, heads=1, kv_heads=1, groups=1)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        check(case, dtype, shift, loss_scale=loss_scale)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def identity_values(case):

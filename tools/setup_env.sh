@@ -7,7 +7,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TORCH='torch==2.13.0' # only where there is none
+OLDER_TRITON='triton==3.6.0' # of torch 2.11, for the tests of the compiled kernels
 VENV=.venv
+OLDER_TRITON_AT=$VENV/triton-3.6
 LOG=$VENV/setup_env.log
 STAMP=$VENV/setup_env.stamp
 MMCV=$(grep -o 'onedl-mmcv[^ ]*' setup.cfg)
@@ -151,6 +153,24 @@ install_package() {
         python -c 'import mmdet.models, deform_gqa.engine'
 }
 
+# A second Triton, beside that of the environment: first on PYTHONPATH it takes its place.
+install_older_triton() {
+    if ! python -c 'import triton' 2>/dev/null ||
+        PYTHONPATH=$OLDER_TRITON_AT python - "$OLDER_TRITON" <<<"$IS_TRITON" 2>/dev/null
+    then
+        return
+    fi
+    rm -rf "$OLDER_TRITON_AT"
+    step "installing $OLDER_TRITON for the tests" \
+        "$OLDER_TRITON could not be installed; check the network." \
+        python -m pip install --no-deps --target "$OLDER_TRITON_AT" "$OLDER_TRITON"
+}
+
+IS_TRITON='
+import sys, triton.compiler
+sys.exit(sys.argv[1] != f"triton=={triton.__version__}")
+'
+
 if is_ready; then
     exit 0
 fi
@@ -170,5 +190,6 @@ step 'installing the build tools' 'pip cannot install; check the network.' \
 install_torch
 install_mmcv
 install_package
+install_older_triton
 wanted >"$STAMP"
 say "ready: $VENV"

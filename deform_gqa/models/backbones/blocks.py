@@ -98,13 +98,13 @@ def build_attention(
     default_type, arch_options = LETTERS.get(letter, (None, {}))
     options = dict(override)
     kind = options.pop('type', default_type)
-    module_class = MODELS.get(kind) if isinstance(kind, str) else kind
+    module_class = _find_class(kind) if isinstance(kind, str) else kind
     if not callable(module_class):
         raise ValueError(f'attention[{letter!r}]: {kind!r} is not registered in MODELS')
     parameters = inspect.signature(module_class).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     shared = {n: v for n, v in shared.items() if n in parameters or takes_all}
-    if default_type is not None and module_class is MODELS.get(default_type):
+    if default_type is not None and module_class is _find_class(default_type):
         defaults = {option: arch[name][stage] for option, name in arch_options.items()}
         options = {**defaults, **options}
     unknown = sorted(set(options) - set(parameters))
@@ -115,3 +115,11 @@ def build_attention(
             f'_delete_=True'
         )
     return module_class(**{**shared, **options})
+
+
+def _find_class(name: str) -> type | None:
+    """The class that is registered under a name, or None."""
+    # The first MODELS.get imports mmdet.models, which needs mmcv's compiled ops.
+    if name in MODELS.module_dict:
+        return MODELS.module_dict[name]
+    return MODELS.get(name)

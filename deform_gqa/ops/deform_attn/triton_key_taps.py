@@ -32,7 +32,9 @@ def key_taps_kernel(
     p_pos, p_taps, stride_b, stride_g, stride_s, stride_c, groups, num_keys,
     half_y, half_x, base_y, base_x, BN: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_bg = tl.program_id(0), tl.program_id(1)
+    # All in x: the other dimensions of a grid end at 65535.
+    num_tiles = tl.cdiv(num_keys, BN)
+    i_tile, i_bg = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
     i_b, i_g = (i_bg // groups).to(tl.int64), (i_bg % groups).to(tl.int64)
     o_s = i_tile * BN + tl.arange(0, BN)
     m_s = o_s < num_keys
@@ -40,7 +42,7 @@ def key_taps_kernel(
     # (BN,)
     b_y = tl.load(p_pos, mask=m_s, other=1.0)
     b_x = tl.load(p_pos + stride_c, mask=m_s, other=1.0)
-    p_taps += (i_bg.to(tl.int64) * tl.num_programs(0) + i_tile) * (2 * BN)
+    p_taps += tl.program_id(0).to(tl.int64) * (2 * BN)
     p_taps += tl.arange(0, BN)
     t_y = base_y + (1.0 - b_y) * half_y
     t_x = base_x + (1.0 - b_x) * half_x
@@ -55,7 +57,7 @@ def key_taps(pos: Tensor, y: TableAxis, x: TableAxis, tile: int) -> Tensor:
     batch, groups, keys, _ = pos.shape
     tiles = math.ceil(keys / tile)
     taps = pos.new_empty((batch, groups, tiles, 2, tile), dtype=torch.float32)
-    key_taps_kernel[(tiles, batch * groups)](
+    key_taps_kernel[(tiles * batch * groups,)](
         pos,
         taps,
         *pos.stride(),

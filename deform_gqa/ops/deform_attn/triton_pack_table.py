@@ -43,9 +43,11 @@ def pack_table_kernel(
     limit,
     BLOCK: tl.constexpr,
 ):
-    i_h = tl.program_id(1).to(tl.int64)
     per_head = PHASES * ENTRIES * (table_h + PADDING_ROWS) * num_blocks
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # All in x: the other dimensions of a grid end at 65535.
+    num_programs = tl.cdiv(per_head, BLOCK)
+    i_h = (tl.program_id(0) // num_programs).to(tl.int64)
+    o = tl.program_id(0) % num_programs * BLOCK + tl.arange(0, BLOCK)
     block = o // 8
     phase = block // ((table_h + PADDING_ROWS) * num_blocks)
     y = (block // num_blocks) % (table_h + PADDING_ROWS) + (o // 4) % 2 - 1
@@ -78,7 +80,7 @@ def pack_table(rpb_table: Tensor, window: int, factor: float, dtype) -> Tensor:
         device=rpb_table.device,
     )
     block = 1024
-    pack_table_kernel[(triton.cdiv(packed[0].numel(), block), heads)](
+    pack_table_kernel[(triton.cdiv(packed[0].numel(), block) * heads,)](
         rpb_table,
         packed,
         *rpb_table.stride(),

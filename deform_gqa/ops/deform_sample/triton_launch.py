@@ -56,9 +56,13 @@ def deform_sample_fwd_kernel(
     groups, channels, num_keys, height, width,
     BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_g = (tl.program_id(2) // groups).to(tl.int64), tl.program_id(2) % groups
-    o_s = tl.program_id(0) * BS + tl.arange(0, BS)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    # All in x: the other dimensions of a grid end at 65535.
+    num_s, num_c = tl.cdiv(num_keys, BS), tl.cdiv(channels, BC)
+    i_s, i_bg = tl.program_id(0) % num_s, tl.program_id(0) // (num_s * num_c)
+    i_c = tl.program_id(0) // num_s % num_c
+    i_b, i_g = (i_bg // groups).to(tl.int64), i_bg % groups
+    o_s = i_s * BS + tl.arange(0, BS)
+    o_c = i_c * BC + tl.arange(0, BC)
     m_s, m_c = o_s < num_keys, o_c < channels
     p_pos += i_b * pos_b + i_g * pos_g
     y, x, f_y, f_x = pixel_taps(p_pos, pos_s, pos_c, o_s, m_s, height, width)
@@ -97,9 +101,10 @@ def deform_sample_bwd_kernel(
     dx_b, dx_c, dx_h, dx_w, groups, channels, num_keys, height, width,
     BS: tl.constexpr, BC: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    i_bg = tl.program_id(1)
+    num_s = tl.cdiv(num_keys, BS)
+    i_s, i_bg = tl.program_id(0) % num_s, tl.program_id(0) // num_s
     i_b, i_g = (i_bg // groups).to(tl.int64), i_bg % groups
-    o_s = tl.program_id(0) * BS + tl.arange(0, BS)
+    o_s = i_s * BS + tl.arange(0, BS)
     m_s = o_s < num_keys
     p_pos += i_b * pos_b + i_g * pos_g
     y, x, f_y, f_x = pixel_taps(p_pos, pos_s, pos_c, o_s, m_s, height, width)
@@ -164,12 +169,8 @@ def deform_sample_forward(x: Tensor, pos: Tensor) -> Tensor:
         return out
     channels //= groups
     block = _block_channels(channels, MOST_CHANNELS)
-    grid = (
-        triton.cdiv(keys, POSITIONS),
-        triton.cdiv(channels, block),
-        batch * groups,
-    )
-    deform_sample_fwd_kernel[grid](
+    tiles = triton.cdiv(keys, POSITIONS) * triton.cdiv(channels, block)
+    deform_sample_fwd_kernel[(tiles * batch * groups,)](
         x,
         pos,
         out,
@@ -204,7 +205,7 @@ def deform_sample_backward(
     if deterministic:  # a pixel gets at most the sum over all samples
         unit = fixed_point_unit(grad_out.float().abs().amax() * keys)
     channels //= groups
-    deform_sample_bwd_kernel[(triton.cdiv(keys, POSITIONS), batch * groups)](
+    deform_sample_bwd_kernel[(triton.cdiv(keys, POSITIONS) * batch * groups,)](
         x,
         pos,
         grad_out,

@@ -28,9 +28,12 @@ def neighborhood_table_kernel(
 ):  # fmt: skip
     rows = 2 * (R + kernel_size - 2) + WR
     per_slab = rows * (C * WC)
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    slab = tl.program_id(1) % 4
-    i_h = (tl.program_id(1) // 4).to(tl.int64)
+    num_programs = tl.cdiv(per_slab, BLOCK)
+    o = tl.program_id(0) % num_programs * BLOCK + tl.arange(0, BLOCK)
+    # All in x: the other dimensions of a grid end at 65535.
+    i_slab = tl.program_id(0) // num_programs
+    slab = i_slab % 4
+    i_h = (i_slab // 4).to(tl.int64)
     jx = tl.where(slab == 0, 0, slab - 2)
     half = kernel_size // 2
     y = o // (C * WC) - (R + kernel_size - 2)
@@ -45,7 +48,7 @@ def neighborhood_table_kernel(
         # (BLOCK,)
         b = tl.load(p, mask=inside & (o < per_slab), other=0.0).to(tl.float32) * factor
     b = tl.where(inside, b, -float('inf'))
-    p = p_table + tl.program_id(1).to(tl.int64) * per_slab + o
+    p = p_table + i_slab.to(tl.int64) * per_slab + o
     tl.store(p, b, mask=o < per_slab)
 
 
@@ -72,7 +75,8 @@ def neighborhood_table(
         device=device,
     )
     block = 4096
-    neighborhood_table_kernel[(triton.cdiv(table[0, 0].numel(), block), heads * SLABS)](
+    programs = triton.cdiv(table[0, 0].numel(), block) * heads * SLABS
+    neighborhood_table_kernel[(programs,)](
         rpb,
         table,
         *((0, 0, 0) if rpb is None else rpb.stride()),

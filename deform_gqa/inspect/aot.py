@@ -16,27 +16,25 @@ from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from deform_gqa.ops.common import triton_host
 
 from . import sass
+from .kernel_cache import compile_only
 
 TOOLS = pathlib.Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
-POINTERS = {
-    torch.float16: '*fp16',
-    torch.bfloat16: '*bf16',
-    torch.float32: '*fp32',
-    torch.int32: '*i32',
-    torch.int64: '*i64',
-}
 # Shared memory that one program may use, in bytes.
-SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMITS = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
 
 
 @dataclasses.dataclass
@@ -74,37 +72,12 @@ def record_launches(arch: int) -> Iterator[list[Launch]]:
         yield launches
 
 
-def _signature(launch: Launch) -> tuple[dict, dict, dict]:
-    """Types, constants and alignments, specialised as a launch would do it."""
-    types, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        name = parameter.name
-        value = launch.arguments[name]
-        specialise = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None:
-            types[name], constants[name] = 'constexpr', value
-        elif isinstance(value, torch.Tensor):
-            types[name] = POINTERS[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                attributes[(i,)] = [['tt.divisibility', 16]]
-        elif isinstance(value, float):
-            types[name] = 'fp32'
-        elif specialise and value == 1:
-            types[name], constants[name] = 'constexpr', 1
-        else:
-            types[name] = 'i32' if abs(value) < 2**31 else 'i64'
-            if specialise and value % 16 == 0:
-                attributes[(i,)] = [['tt.divisibility', 16]]
-    return types, constants, attributes
-
-
 def compile_launch(launch: Launch, arch: int):
     """The compiled kernel; its ``asm`` has ttgir, ptx and cubin."""
-    types, constants, attributes = _signature(launch)
-    source = ASTSource(launch.kernel, types, constants, attributes)
-    return triton.compile(
-        source, target=GPUTarget('cuda', arch, 32), options=launch.options
-    )
+    with compile_only(arch):
+        return launch.kernel.run(
+            **launch.arguments, **launch.options, grid=launch.grid, warmup=True
+        )
 
 
 def serialised_products(kernel, arch: int) -> list[str]:

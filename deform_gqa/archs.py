@@ -36,9 +36,10 @@ ARCH_DEFAULTS: dict[str, Any] = dict(
     lpu=(True, True, True, True),
     dwconv_mlp=(True, True, True, True),
     mlp_ratio=(4, 4, 4, 4),
-    # Initial value of the residual branches' scales; 0 or less for none.
+    # Initial value of the scales of the residual branches; 0 or less for no scales.
     layer_scale=(-1, -1, -1, -1),
-    # Two 3x3 convolutions in the stem and one between stages, instead of patches.
+    # Two 3x3 convolutions in the stem and one between stages, in place of convolutions
+    # whose kernels do not overlap.
     conv_stem=True,
     # Channels of the stem; None for those of the first stage.
     stem_dim=None,
@@ -93,10 +94,10 @@ def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
     """A complete, checked arch dict from a name of the zoo or a dict.
 
     Raises:
-        TypeError: If ``arch`` is neither a string nor a mapping, or an entry is no
-            number where one is needed.
-        ValueError: For an unknown name or option, a missing option, a value that is no
-            list of one entry a stage, or a number out of range.
+        TypeError: If ``arch`` is neither a string nor a mapping, or an entry that must
+            be a number is not one.
+        ValueError: For an unknown name or option, a missing option, a value that is not
+            a list with one entry for each stage, or a number out of range.
     """
     if isinstance(arch, str):
         if arch not in ARCHS:
@@ -138,7 +139,7 @@ def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_numbers(arch: Mapping[str, Any]) -> None:
-    """What no attention module checks."""
+    """Checks the numbers that no attention module checks."""
     for name in ('embed_dims', 'depths', 'num_heads', 'mlp_ratio', 'layer_scale'):
         for stage, value in enumerate(arch[name]):
             option = f'arch option {name!r} of stage {stage}'

@@ -1,12 +1,12 @@
-"""Checks of options that every part of the package shares.
+"""Checks of options, shared by all parts of the package.
 
-Nothing but the standard library is imported here, so that the shapes generator, whose
-worker processes are started afresh, need not load torch. Checks of tensors, and of
-numbers that torch may trace, are in ``deform_gqa.ops.common.checks``.
+Only the standard library is imported here, so that the shapes generator, whose worker
+processes start with nothing loaded, does not have to import torch. Checks of tensors,
+and of numbers that torch may trace, are in ``deform_gqa.ops.common.checks``.
 
 Every check raises TypeError for a value of the wrong type and ValueError for one out of
-range, with the name and the value of the argument. ``True`` and ``False`` are no
-numbers.
+range, and its message gives the argument's name and value. ``True`` and ``False`` are
+not numbers.
 """
 
 from numbers import Integral, Real
@@ -17,7 +17,7 @@ def check_int(name: str, value: Any, least: int | None = None) -> None:
     """An integer, of at least ``least`` where that is given.
 
     Raises:
-        TypeError: If ``value`` is no integer.
+        TypeError: If ``value`` is not an integer.
         ValueError: If it is less than ``least``.
     """
     if not _is_int(value):
@@ -40,7 +40,7 @@ def check_rate(name: str, rate: Any) -> None:
     """A drop rate in [0, 1).
 
     Raises:
-        TypeError: If ``rate`` is no number.
+        TypeError: If ``rate`` is not a number.
         ValueError: If it is out of range.
     """
     check_number(name, rate)
@@ -49,7 +49,7 @@ def check_rate(name: str, rate: Any) -> None:
 
 
 def check_size(name: str, size: Any) -> tuple[int, int]:
-    """(height, width) from these, or from one integer for both.
+    """(height, width), given as such or as one integer for both.
 
     Raises:
         TypeError: For anything else.

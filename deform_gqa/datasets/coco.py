@@ -11,7 +11,7 @@ import numpy as np
 
 
 def coco_categories(classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Category records in the given order, ids counted from 1 as in COCO."""
+    """Category records in the given order, with ids from 1 as in COCO."""
     return [
         {'id': index, 'name': name, 'supercategory': 'none'}
         for index, name in enumerate(classes, start=1)
@@ -21,12 +21,12 @@ def coco_categories(classes: Sequence[str]) -> list[dict[str, Any]]:
 def write_json(path: Path, data: Any) -> None:
     """Write ``data`` with sorted keys; equal data gives equal bytes.
 
-    The text goes to a file beside ``path`` that then takes its place, so ``path``
-    never holds half a document and an older one is lost only to a whole one.
+    The text is written to a file beside ``path`` that then replaces it, so ``path``
+    never holds half a document, and an older document is lost only to a complete one.
 
     Raises:
-        OSError: if the folder cannot be written.
-        ValueError: if ``data`` holds NaN or infinity, which JSON has no word for.
+        OSError: If the folder cannot be written.
+        ValueError: If ``data`` holds NaN or infinity, which JSON cannot express.
     """
     path = Path(path)
     text = json.dumps(data, sort_keys=True, separators=(',', ':'), allow_nan=False)
@@ -46,22 +46,22 @@ def mask_to_polygons(
 ) -> list[list[int]]:
     """Polygons along the pixel edges of a mask.
 
-    Rasterised by pycocotools they give back exactly the mask. The polygon of pixel
-    centres, which ``cv2.findContours`` returns, would lose half a pixel all round.
-    COCO polygons cannot have holes: a mask with holes is cut through them, and the
-    polygons of its parts lie side by side.
+    When pycocotools rasterises them, the result is exactly the mask. The polygon of
+    pixel centres, which ``cv2.findContours`` returns, would lose half a pixel on every
+    side. COCO polygons cannot have holes: a mask with holes is cut through them, and
+    the polygons of its parts lie side by side.
 
     Args:
         mask: (H, W), bool or integer, non-zero inside.
         offset: (x, y) in pixels, added to every vertex; for a cropped mask.
 
     Returns:
-        One flat list ``[x0, y0, x1, y1, ...]`` a polygon, integer pixel edges (pixel
-        (x, y) spans x to x + 1), x in [0, W] and y in [0, H] before the offset.
+        For each polygon one flat list ``[x0, y0, x1, y1, ...]`` of integer pixel edges
+        (pixel (x, y) spans x to x + 1), x in [0, W] and y in [0, H] before the offset.
         An empty mask gives an empty list.
 
     Raises:
-        ValueError: if ``mask`` does not have two dimensions.
+        ValueError: If ``mask`` does not have two dimensions.
     """
     mask = np.asarray(mask)
     if mask.ndim != 2:

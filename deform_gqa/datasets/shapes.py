@@ -1,18 +1,18 @@
 """A synthetic instance dataset: textured, overlapping shapes in COCO format.
 
-It lets a detector be trained and tested without a download. Every image is a pure
+With it, a detector can be trained and tested without a download. Every image is a pure
 function of (seed, split, index): it does not depend on how many other images are made,
 nor on the number of worker processes. With the same versions of NumPy and OpenCV on
-the same kind of processor the files are equal byte for byte.
+the same kind of processor, the files are equal byte for byte.
 
-The class shows in the outline alone: colour, texture, size, aspect ratio and rotation
-are drawn from the same distributions for all classes.
+Only the outline tells the class: colour, texture, size, aspect ratio and rotation are
+drawn from the same distributions for all classes.
 
 Later shapes cover earlier ones, and shapes may reach over the border of the image.
-Masks, boxes and areas describe the visible part. A shape that would be visible to less
-than ``min_visible`` of its area, or would cover an earlier one that far, is tried at
-other places and, if none will do, left out of the picture as well: nothing is drawn
-that has no annotation.
+Masks, boxes and areas describe the visible part. If less than ``min_visible`` of a
+shape's area would be visible, or it would cover an earlier shape that far, other
+positions are tried; if none of them will do, the shape is not drawn at all. So nothing
+is in a picture that has no annotation.
 
 Layout of a dataset::
 
@@ -84,21 +84,20 @@ def generate_dataset(
 ) -> bool:
     """Write a dataset, or find that it is there already.
 
-    Everything is written to a folder beside ``out_dir`` that takes its place when it is
+    Everything is written to a folder beside ``out_dir`` that replaces it when it is
     complete, so ``out_dir`` never holds half a dataset.
 
     Args:
         config: what to generate.
-        out_dir: where to; missing parents are made.
+        out_dir: where to write it; missing parents are made.
         workers: processes, >= 1; the output does not depend on it.
-        overwrite: replace a dataset of other parameters. A folder that holds anything
-            else than a dataset of this generator, or a file beside it, is never
-            replaced.
+        overwrite: replace a dataset of other parameters. A folder that is not a dataset
+            of this generator, or holds other files as well, is never replaced.
         on_image: called after each image, for a progress bar.
 
     Returns:
-        True if the dataset was written; False if a complete one of the same parameters
-        was there, which is left as it is.
+        True if the dataset was written; False if a complete one with the same
+        parameters was there, which is left as it is.
 
     Raises:
         FileExistsError: if ``out_dir`` holds something else.
@@ -266,7 +265,7 @@ def _missing_file(config: ShapesConfig, out_dir: Path) -> Path | None:
 
 
 def _changes(metadata: dict[str, Any], config: ShapesConfig) -> str:
-    """Say which parameters differ: ``seed 0, wanted 1``."""
+    """Which parameters differ, as in ``seed 0, wanted 1``."""
     return ', '.join(
         f'{name} {metadata.get(name)}, wanted {value}'
         for name, value in config.metadata().items()
@@ -276,7 +275,7 @@ def _changes(metadata: dict[str, Any], config: ShapesConfig) -> str:
 
 @contextmanager
 def _replaced_when_done(out_dir: Path) -> Iterator[Path]:
-    """A new folder beside ``out_dir`` that takes its place if the block ends well."""
+    """A new folder beside ``out_dir`` that replaces it if the block raises nothing."""
     folder = out_dir.with_name(f'.{out_dir.name}.tmp-{os.getpid()}')
     old = out_dir.with_name(f'.{out_dir.name}.old-{os.getpid()}')
     if folder.exists():  # left by a killed process that had the same id

@@ -16,15 +16,16 @@ GENERATOR_VERSION = 2
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """Parameters of a dataset; checked when made.
+    """Parameters of a dataset, checked when it is made.
 
     Args:
         num_train: images of the split ``train``, >= 0.
         num_val: images of the split ``val``, >= 0; one of the two must be positive.
         image_size: (width, height) in pixels, each >= 32.
         seed: >= 0.
-        min_objects: fewest shapes an image is planned with, >= 0.
-        max_objects: most shapes in an image, >= 1 and >= ``min_objects``.
+        min_objects: the smallest number of shapes that is drawn for an image, >= 0; an
+            image may hold fewer, as shapes that find no position are left out.
+        max_objects: the largest number, >= 1 and >= ``min_objects``.
         min_visible: smallest visible share of a shape's area, in (0, 1].
 
     Raises:
@@ -75,7 +76,7 @@ class ShapesConfig:
         return {'train': self.num_train, 'val': self.num_val}[split]
 
     def metadata(self) -> dict[str, Any]:
-        """All that decides the output, as it is recorded in ``shapes.json``."""
+        """All that determines the output, as recorded in ``shapes.json``."""
         return {
             'generator': GENERATOR,
             'version': GENERATOR_VERSION,

@@ -11,8 +11,9 @@ from deform_gqa.checks import check_int
 
 from .shapes_config import CLASSES, SPLITS, ShapesConfig
 
-# Square root of a shape's whole area, in pixels, and how often a range is drawn. The
-# bounds lie a little inside those of COCO (32 and 96), as occlusion takes area away.
+# Ranges of the square root of a shape's whole area, in pixels, and the share of shapes
+# in each. The bounds lie a little inside those of COCO (32 and 96), as occlusion takes
+# area away.
 SIZE_RANGES = ((16.0, 31.0, 0.4), (34.0, 94.0, 0.38), (102.0, math.inf, 0.22))
 MAX_SIZE_SHARE = 0.66  # of the shorter image side
 MAX_ASPECT_RATIO = 1.5
@@ -199,7 +200,7 @@ def _place(
     areas: list[int],
     min_visible: float,
 ) -> _Shape | None:
-    """Find a place where this shape and those below stay visible, or None."""
+    """Find a position where this shape and those below stay visible, or None."""
     height, width = id_map.shape
     extent = polygon.max(axis=0) - polygon.min(axis=0)
     visible = np.bincount(id_map.ravel(), minlength=len(areas) + 1)
@@ -231,7 +232,7 @@ def _rasterise(polygon: np.ndarray) -> _Shape:
 
 
 def _draw_colour(rng: np.random.Generator, used: list[np.ndarray]) -> np.ndarray:
-    """(3,) colour in [15, 240] that stands out from those used in the image."""
+    """(3,) colour in [15, 240] that differs clearly from those used in the image."""
     candidates = rng.uniform(15, 240, (6, 3))
     gaps = np.linalg.norm(candidates[:, None] - np.stack(used)[None], axis=2)
     return candidates[gaps.min(axis=1).argmax()]
@@ -266,7 +267,7 @@ def _stripes(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     wave_number = 2 * math.pi / rng.uniform(5, 24)
     x = np.arange(width) * (wave_number * math.cos(angle)) + phase
     y = np.arange(height) * (wave_number * math.sin(angle))
-    # sin(x + y) from the axes: far fewer sines than one a pixel.
+    # sin(x + y) from sines along the axes, which are far fewer than the pixels.
     waves = np.outer(np.cos(y), np.sin(x)) + np.outer(np.sin(y), np.cos(x))
     return waves.astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""Parts of training that MMEngine lacks. Importing it registers them."""
+"""Parts of training that MMEngine lacks, registered on import."""
 
 from deform_gqa.engine.bfloat16_optim_wrapper import BFloat16OptimWrapper
 from deform_gqa.engine.checkpoint_io import (

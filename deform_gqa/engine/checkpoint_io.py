@@ -1,7 +1,7 @@
-"""Checkpoint files that are written whole and read without running code.
+"""Checkpoint files that are written completely or not at all, and read safely.
 
-mmengine writes a checkpoint in place, so that a killed process leaves half a file,
-and its reader falls back to the full unpickler, which runs whatever a file asks for.
+mmengine writes a checkpoint in place, so that a killed process leaves half a file, and
+its reader falls back to the full unpickler, which runs any code that a file names.
 """
 
 import contextlib
@@ -70,10 +70,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _get_statistics_method(owner: type, name: str) -> Callable:
-    """What ``getattr`` in a checkpoint is read as: a history buffer's method.
+    """Stands for ``getattr`` in a checkpoint: returns a method of a history buffer.
 
-    A history buffer pickles its public statistics methods by ``getattr``. The real
-    one would let a file reach anything from there.
+    A history buffer pickles its public statistics methods as calls of ``getattr``. The
+    real ``getattr`` would give a file access to everything.
     """
     if owner is not HistoryBuffer or name.startswith('_'):
         raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r}) is not allowed')
@@ -115,7 +115,7 @@ def _explained(filename: str) -> Iterator[None]:
 
 
 def _check_head(filename: str) -> None:
-    """An error page or a git-lfs pointer is no danger: say that it is no checkpoint."""
+    """Says of an error page or a git-lfs pointer that it is no checkpoint."""
     with open(filename, 'rb') as file:
         head = file.read(_HEAD_LENGTH)
     if not head.startswith(_ZIP_HEAD) and _OLD_HEAD not in head:
@@ -168,7 +168,7 @@ def check_checkpoint(filename: str | Path) -> None:
 
 
 def load_from_http(url: str, map_location: str | torch.device | None = None) -> dict:
-    """As :func:`load_checkpoint`, for a web address; one process downloads first."""
+    """As :func:`load_checkpoint`, for a web address; rank 0 downloads it first."""
     folder = Path(torch.hub.get_dir(), 'checkpoints')  # torch's own cache
     file = folder / Path(urlparse(url).path).name
     if get_rank() > 0:
@@ -184,12 +184,12 @@ def load_from_http(url: str, map_location: str | torch.device | None = None) -> 
 def load_from_local(
     filename: str, map_location: str | torch.device | None = None
 ) -> dict:
-    """:func:`load_checkpoint` by the kind of name that mmengine puts into its log."""
+    """:func:`load_checkpoint`, named as mmengine's log names its loaders."""
     return load_checkpoint(filename, map_location)
 
 
 def use_safe_loading() -> None:
-    """Makes every checkpoint that mmengine loads in this process pass our reader.
+    """Makes mmengine load all checkpoints of this process by :func:`load_checkpoint`.
 
     That covers ``load_from``, ``resume`` and ``init_cfg=dict(type='Pretrained')``,
     for local files and web addresses.

@@ -59,7 +59,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_common_arguments(args: argparse.Namespace) -> None:
-    """Finds mistakes before anything is imported, built or written.
+    """Finds mistakes in the options before anything is imported, built or written.
 
     Raises:
         FileNotFoundError: There is no config file at ``args.config``.
@@ -121,7 +121,7 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def _use_gloo(cfg: Config) -> None:
-    """Distributed runs without a GPU, where mmengine selects a CUDA device.
+    """Prepares a distributed run without a GPU; mmengine would select a CUDA device.
 
     The runner keeps a process group that exists, and a wrapper's ``device_ids``.
     """
@@ -139,7 +139,7 @@ def _use_gloo(cfg: Config) -> None:
 
 
 def leave_process_group() -> None:
-    """Ends a distributed run: gloo's threads abort a process that just exits."""
+    """Ends a distributed run; gloo's threads abort a process that just exits."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -170,7 +170,7 @@ def use_auto_scale_lr(cfg: Config) -> None:
     """Scales the learning rate with the batch size.
 
     Raises:
-        ValueError: The config does not say which batch size its rate is made for.
+        ValueError: The config does not say for which batch size its rate is meant.
     """
     if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
         raise ValueError(
@@ -191,8 +191,8 @@ def use_tta(cfg: Config) -> None:
     """Tests on each image and its mirror image, unless the config says otherwise.
 
     Raises:
-        ValueError: The config has no data to test on, or a detector with masks, which
-            MMDetection's own model for this cannot merge, and no ``tta_model``.
+        ValueError: The config has no data to test on; or it has no ``tta_model``, and a
+            detector with masks, which MMDetection's own model cannot merge.
     """
     _check_has(cfg, 'test_dataloader', '--tta')
     if 'tta_model' not in cfg and _predicts_masks(cfg.model):
@@ -217,7 +217,7 @@ def use_tta(cfg: Config) -> None:
 
 
 def _predicts_masks(model: dict) -> bool:
-    """Whether a model's config has a mask head, at whatever depth."""
+    """Whether a model's config has a mask head, at any depth."""
     return any(
         (name in ('mask_head', 'panoptic_head') and value is not None)
         or (isinstance(value, dict) and _predicts_masks(value))

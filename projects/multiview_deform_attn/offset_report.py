@@ -3,9 +3,10 @@
     PYTHONPATH=. python projects/multiview_deform_attn/offset_report.py \\
         CONFIG CHECKPOINT
 
-For each per-query block, in pixels of its map: how far the learnt base offsets stand
-from the ring that they started on, and how much the predicted part differs from query
-to query (standard deviation over all queries of the validation images; 0.00 at start).
+For each per-query block, in pixels of its map, it prints how far the learnt base
+offsets are from the ring on which they started, and how much the predicted part differs
+from query to query (standard deviation over all queries of the validation images; 0.00
+at the start).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A checkpoint hook after which a killed run can go on as if nothing happened."""
+"""A checkpoint hook whose files let a killed run go on as if nothing had happened."""
 
 import random
 from collections import deque
@@ -26,16 +26,16 @@ class ResumableCheckpointHook(CheckpointHook):
 
     Takes the options of :class:`mmengine.hooks.CheckpointHook`. In addition
 
-    - a local file appears whole or not at all, and ``last_checkpoint`` and the removal
-      of older files come after it;
+    - a local file appears complete or not at all; ``last_checkpoint`` is written and
+      older files are removed only after that;
     - the random states of every process are stored and come back on resume, as does
       the seed of the sampler; validation leaves them untouched, and data workers are
       seeded from them at each epoch.
 
-    So a run of an epoch-based loop that is killed and resumed ends with the weights of
-    a run that was not, given the same number of processes and deterministic kernels.
-    With an iteration-based loop the draws of the model come back as well; those of
-    data transforms do if they happen in worker processes.
+    So a run of an epoch-based loop that is killed and resumed ends with the same
+    weights as one that was not, given the same number of processes and deterministic
+    kernels. With an iteration-based loop the model draws the same random numbers as
+    well; data transforms do if they run in worker processes.
 
     The checkpoint has one more key, ``rng``: ``states``, one entry per process (see
     :func:`deform_gqa.engine.rng_state.get_rng_state`), and ``sampler_seed``.
@@ -52,7 +52,7 @@ class ResumableCheckpointHook(CheckpointHook):
     # Saving
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict):
-        """Replaces the parent's, which removes old files before it saves."""
+        """Replaces the parent's method, which removes old files before it saves."""
         expired = self._keep(runner, step)
         filename = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
@@ -107,16 +107,16 @@ class ResumableCheckpointHook(CheckpointHook):
         )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Adds the random states; the best checkpoint, no place to resume, has none."""
+        """Adds the random states, except to the best checkpoint: no run resumes it."""
         if self._rng_to_save is not None:
             checkpoint['rng'] = self._rng_to_save
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        """Lets the parent save first, and removes the former best file then."""
+        """Lets the parent save first, and then removes the former best file."""
         if not self.save_best:
             return
         former = self._best_paths
-        # The parent removes what it knows before it saves: it is to know nothing.
+        # The parent removes the files that it knows before it saves: let it know none.
         self._best_paths = dict.fromkeys(former)
         super()._save_best_checkpoint(runner, metrics)
         self._best_paths = {
@@ -172,7 +172,7 @@ class ResumableCheckpointHook(CheckpointHook):
             _restart_workers(runner.train_dataloader)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None):
-        """Restores them here in a loop that skips old batches after the above."""
+        """Restores them in a loop that skips old batches after the method above."""
         if not _is_epoch_based(runner):
             self._restore_rng(runner)
 
@@ -196,7 +196,7 @@ class ResumableCheckpointHook(CheckpointHook):
         self._state_before_val = get_rng_state()
 
     def after_val(self, runner: Runner) -> None:
-        """Goes on where training was: the last checkpoint was written before."""
+        """Restores the states of training, which the last checkpoint holds as well."""
         set_rng_state(self._state_before_val)
         self._state_before_val = None
 

@@ -1,4 +1,4 @@
-"""Where the time of training, validation and testing goes, from within the run."""
+"""Measures within a run where the time of training, validation and testing goes."""
 
 import math
 import time
@@ -44,14 +44,14 @@ _SAVE_EVERY_S = 60.0
 
 @HOOKS.register_module()
 class RuntimeBenchmarkHook(Hook):
-    """Splits the time of sampled iterations into phases and attention by type.
+    """Splits the time of sampled iterations into phases, and times attention by type.
 
     Use::
 
         custom_hooks = [dict(type='RuntimeBenchmarkHook', interval=50)]
 
-    The phases of an iteration, which add up to its wall-clock time less that of
-    installing and reading the timers:
+    The phases of an iteration add up to its wall-clock time, less the time that it
+    takes to install and read the timers:
 
     - ``data``: waiting for the data loader (and other hooks' ``before_*_iter``);
     - ``preprocess``: the data preprocessor, with the copy to the device;
@@ -63,13 +63,13 @@ class RuntimeBenchmarkHook(Hook):
 
     Modules are timed within forward and backward; see
     :class:`deform_gqa.profiling.module_timing.ModuleTimer`. On a CUDA device all but
-    ``data``, ``hooks`` and ``evaluator`` lie between events; the device is waited for
-    at the beginning and at the end of a sampled iteration and at no other time.
-    Between sampled iterations nothing is installed on the model or the optimizer. In
-    a distributed run the main process alone measures. torch.compile compiles once more
-    when the first samples install their timers, which shows in these; of a step that
-    is compiled as a whole (``compile=True`` in the config), preprocessing and forward
-    are in ``other``, and its modules have no times.
+    ``data``, ``hooks`` and ``evaluator`` are measured between CUDA events; the hook
+    waits for the device at the beginning and at the end of a sampled iteration and at
+    no other time. Between sampled iterations nothing is installed on the model or the
+    optimizer. In a distributed run only the main process measures. With torch.compile,
+    the timers of the first samples cause one more compilation, which shows in their
+    times. If a step is compiled as a whole (``compile=True`` in the config),
+    preprocessing and forward count as ``other``, and its modules have no times.
 
     With gradient accumulation over n iterations the interval is raised to the next
     number that has no divisor in common with n, so that each of the n is sampled.
@@ -78,21 +78,22 @@ class RuntimeBenchmarkHook(Hook):
     ``runtime/MODE/MODULES/forward_ms``. All samples are in ``runtime_benchmark.json``
     (milliseconds), medians and shares also in ``runtime_benchmark.md``. Both files
     are replaced in one step, at the end of an epoch and of the run, and at a sample
-    if the last time was a minute ago; so an interrupted run leaves what it measured.
+    if they were last written a minute ago, so that an interrupted run leaves what it
+    measured.
 
     Args:
         interval (int): Training iterations from one sample to the next, at least 1.
-        eval_interval (int): The same for validation and testing, whose data sets may
-            be small.
+        eval_interval (int): The same for validation and testing, which may have fewer
+            iterations.
         warmup_iters (int): Iterations of each mode that are not sampled at the start
-            of the process, also of a resumed one; at least 0.
+            of the process, also if it resumes a run; at least 0.
         modules (dict, optional): Groups of modules to time: name -> class name or
             path of a module, or a list of them; see
             :func:`deform_gqa.profiling.module_timing.select_modules`. Defaults to the
-            attention modules, one group a class.
-        out_dir (str, optional): Local folder of the two files. A file that is there
-            keeps its runs and gets one more. Defaults to the log folder of the run,
-            ``work_dir/TIMESTAMP``, which every run and every resumption has anew.
+            attention modules, one group for each class.
+        out_dir (str, optional): Local folder of the two files. If there is a report
+            already, it keeps its runs and gets one more. Defaults to the log folder of
+            the run, ``work_dir/TIMESTAMP``, which is new for every run and resumption.
         log_scalars (bool): Whether the samples go to the visualizer.
 
     Raises:
@@ -102,7 +103,7 @@ class RuntimeBenchmarkHook(Hook):
             starts.
     """
 
-    # Last of all hooks: what it logs and writes is in no iteration's time.
+    # The last of all hooks, so that no iteration's time includes what it does.
     priority = 'LOWEST'
 
     def __init__(

@@ -34,10 +34,10 @@ def resolve_overrides(
 ) -> dict[str, dict[str, Any]]:
     """The overrides by block letter, as dicts of ``type`` and options.
 
-    mmengine takes ``_delete_`` out of a dict only where the base config has that key.
+    mmengine removes ``_delete_`` from a dict only where the base config has its key.
 
     Raises:
-        TypeError: For what is no dict.
+        TypeError: If an override, or ``attention`` itself, is not a dict.
     """
     if attention is None:
         return {}
@@ -54,7 +54,7 @@ def _without_delete(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_letters(block_types, attention: Mapping[str, Any]) -> None:
-    """Every block letter has a default class or one in ``attention``, and is used.
+    """Checks that every letter in use has a class and every override is in use.
 
     Raises:
         ValueError: Naming the letter.
@@ -87,9 +87,9 @@ def build_attention(
         letter: Block letter.
         arch: Complete arch dict, whose options go to the letter's default class only.
         stage: Index of the stage.
-        override: What the config says of this letter: ``type`` and options.
-        shared: Options that every class gets if it takes them: dim, num_heads,
-            num_kv_heads, attn_drop, proj_drop, backend.
+        override: What the config says about this letter: ``type`` and options.
+        shared: Options that every class gets whose signature names them: dim,
+            num_heads, num_kv_heads, attn_drop, proj_drop, backend.
 
     Raises:
         TypeError: For an option that the class does not take.

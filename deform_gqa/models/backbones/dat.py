@@ -35,24 +35,26 @@ class DAT(BaseModule):
             window), N (neighborhood), D (deformable), P (pyramid), X (depthwise
             convolution), or new ones that ``attention`` defines.
         num_kv_heads: Key/value heads of every attention block: None for as many as
-            query heads, one number, or one a stage.
-        attention: By block letter, what its blocks build: ``dict(type=..., ...)``.
-            Options add to the arch's for the letter's default class; another class gets
-            dim, num_heads, num_kv_heads, the drop rates and its own options only.
+            query heads, one number, or one for each stage.
+        attention: Maps a block letter to what its blocks build,
+            ``dict(type=..., ...)``. If the letter keeps its default class, the options
+            are added to those of the arch; another class gets only dim, num_heads,
+            num_kv_heads, the drop rates, the backend and its own options.
         out_indices: Stages whose (normalised) maps are returned, of 0 to 3.
         drop_rate: Dropout of projections and MLPs, in [0, 1).
         attn_drop_rate: Dropout of attention weights, in [0, 1).
-        drop_path_rate: Stochastic depth of the last block, in [0, 1); earlier blocks
-            less, linearly.
-        with_cp: Activation checkpointing of every block, or one flag a stage: the
-            first stages hold most of the activations.
+        drop_path_rate: Stochastic depth of the last block, in [0, 1); it rises linearly
+            from 0 at the first block.
+        with_cp: Activation checkpointing of every block, or one flag for each stage:
+            the first stages hold most of the activations.
         frozen_stages: -1 for none, 0 for the stem, n for the stem and n stages.
-        norm_eval: Keep batch norms (of overriding attention classes) in eval mode.
+        norm_eval: Keep the batch norms that attention classes of your own may have in
+            eval mode.
         backend: Backend of the attention ops: 'auto', 'naive', 'torch' or 'triton'.
-        init_cfg: mmengine's. ``dict(type='Pretrained', checkpoint=...)`` takes official
-            DAT checkpoints of the classification and the detection repository, and
-            mmengine's ``prefix`` and ``map_location``; inside a list of several it is
-            mmengine's own, which resamples no bias table.
+        init_cfg: As in mmengine. ``dict(type='Pretrained', checkpoint=...)`` also loads
+            official DAT checkpoints of the classification and the detection repository;
+            it takes mmengine's ``prefix`` and ``map_location``. In a list of several
+            initialisations it is mmengine's own, which does not resample bias tables.
 
     Raises:
         TypeError: For an attention option that its class does not take, or an option
@@ -133,7 +135,7 @@ class DAT(BaseModule):
 
     @staticmethod
     def _by_stage(name: str, value, kind: str) -> Sequence:
-        """``value`` for every stage, or what it says of each."""
+        """One entry for each stage, from one value for all or from a list."""
         if value is None or isinstance(value, int):
             return (value,) * NUM_STAGES
         if isinstance(value, str) or not isinstance(value, Sequence):

@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-# Buffers of the originals that follow from the configuration here.
+# Buffers of the originals that are computed from the configuration here.
 DROPPED_BUFFERS = ('attn_mask', 'relative_position_index')
 CLASSIFIER = 'cls_'
 
@@ -26,8 +26,8 @@ def load_dat_checkpoint(
         checkpoint: A path or URL that mmengine can load, or the loaded dict: a
             state_dict, or one under 'model' or 'state_dict', of a classifier, a
             backbone or a whole detector (prefix 'backbone.').
-        prefix: What the names of the wanted weights begin with; None for 'backbone.'
-            where there are such.
+        prefix: What the names of the wanted weights begin with; None for 'backbone.',
+            if there are such names, else for all weights.
         map_location: Device on which a file is read.
 
     Returns:
@@ -35,9 +35,9 @@ def load_dat_checkpoint(
         missing ones are the ``norms.*``.
 
     Raises:
-        ValueError: If a tensor's shape does not fit and no resampling applies, as with
-            the projections of another number of kv heads or a bias 'fixed' to its map
-            size, or if nothing fits at all.
+        ValueError: If a tensor has another shape and cannot be resampled, as with
+            projections for another number of kv heads or a bias that is 'fixed' to its
+            map size, or if the checkpoint holds no weight of this backbone.
     """
     source = 'checkpoint'
     if not isinstance(checkpoint, Mapping):
@@ -80,7 +80,7 @@ def adapt_state_dict(
 
 
 def _under_prefix(state: Mapping, prefix: str | None) -> Mapping:
-    """The entries below a prefix, as mmengine reads it: with or without its dot."""
+    """The entries under a prefix, which may end with a dot or not, as in mmengine."""
     start = 'backbone.' if prefix is None else prefix.removesuffix('.') + '.'
     if prefix is None and not any(name.startswith(start) for name in state):
         return state
@@ -102,7 +102,7 @@ def _resample(
             table = value.T.reshape(1, -1, side, side)
             table = F.interpolate(table, (new_side, new_side), mode='bicubic')
             return table.reshape(-1, new_side**2).T
-    # A dense bias has the name of a table; the sides of tables are 2 n - 1.
+    # A dense bias has the same name as a table, but only a table's sides are 2 n - 1.
     is_table = getattr(owner, 'position_bias', None) != 'fixed' and all(
         side % 2 for side in value.shape[-2:]
     )

@@ -21,7 +21,7 @@ class DATStage(nn.Module):
         index: Index of the stage.
         dim_in: Channels of the input.
         attention: Overrides by block letter.
-        drop_path_rates: One rate a block, in [0, 1).
+        drop_path_rates: One rate for each block, in [0, 1).
         drop_rate: Dropout of the MLPs, in [0, 1).
         with_cp: Recompute each block in backward instead of keeping its activations.
         shared: Further options of every attention module (see ``blocks.py``).
@@ -46,7 +46,7 @@ class DATStage(nn.Module):
         self.with_cp = with_cp
         self.letters = tuple(letters)
         self.proj = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
-        # X blocks are ConvNeXt's: one norm, between convolution and MLP.
+        # X blocks are those of ConvNeXt: one norm, between convolution and MLP.
         self.ln_cnvnxt = nn.ModuleDict(
             {str(d): ChannelLayerNorm(dim) for d in range(depth) if letters[d] == 'X'}
         )

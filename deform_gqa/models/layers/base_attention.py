@@ -68,9 +68,9 @@ def resolve_kv_heads(dim: int, num_heads: int, num_kv_heads: int | None) -> int:
     """The number of kv heads; ``num_heads`` where None is given.
 
     Raises:
-        TypeError: For what is no integer.
-        ValueError: If ``dim`` is no multiple of ``num_heads``, or ``num_heads`` no
-            multiple of ``num_kv_heads``.
+        TypeError: If one of the counts is not an integer.
+        ValueError: If ``dim`` is not a multiple of ``num_heads``, or ``num_heads`` not
+            one of ``num_kv_heads``.
     """
     check_int('dim', dim, 1)
     check_int('num_heads', num_heads, 1)
@@ -90,10 +90,10 @@ def resolve_kv_heads(dim: int, num_heads: int, num_kv_heads: int | None) -> int:
 
 
 def check_offset_groups(num_heads: int, offset_groups: int) -> None:
-    """Each offset group has as many query heads, one at least.
+    """All offset groups have the same number of query heads, at least one.
 
     Raises:
-        TypeError: If ``offset_groups`` is no integer.
+        TypeError: If ``offset_groups`` is not an integer.
         ValueError: If it does not divide ``num_heads``.
     """
     check_int('offset_groups', offset_groups, 1)

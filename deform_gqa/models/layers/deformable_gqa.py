@@ -16,10 +16,10 @@ from .position_bias import POSITION_BIASES, build_position_bias, log_cpb_attenti
 
 
 def reference_points(size: tuple[int, int], like: Tensor) -> Tensor:
-    """Centres of the cells of a grid, (h * w, 2) in (y, x), [-1, 1] align_corners.
+    """Centres of a grid's cells: (h * w, 2) in (y, x), [-1, 1] with align_corners=True.
 
     The centre of cell i of n is 2 (i + 0.5) / (n - 1) - 1, as in the official code:
-    half a cell right of where align_corners=True puts the cell; 0 where n is 1.
+    half a cell beyond where align_corners=True puts cell i. Where n is 1 it is 0.
     """
     axes = []
     for side in size:
@@ -39,28 +39,29 @@ class DeformableGQA(BaseAttention):
     offset group, where to sample the map; keys and values are projections of these
     samples, shared by all queries. (B, C, H, W) -> (B, C, H, W), any H and W.
 
-    With ``num_kv_heads=num_heads`` names and shapes of the parameters are the official
-    ones, and so are outputs and gradients.
+    With ``num_kv_heads=num_heads`` the names and shapes of the parameters are those of
+    the official code, and so are outputs and gradients.
 
     Args:
         dim: Number of channels C.
         num_heads: Query heads Hq; ``dim`` is a multiple.
         num_kv_heads: Key/value heads Hkv that divide ``num_heads``; None for
             ``num_heads``.
-        offset_groups: Groups G of channels and query heads with samples of their own;
-            divides ``dim`` and ``num_heads``.
-        stride: Pixels between the sampled grid's cells.
+        offset_groups: Number G of groups of channels and query heads, each of which has
+            its own samples; divides ``num_heads``.
+        stride: Pixels between the cells of the sampled grid.
         offset_kernel_size: Side of the offset network's depthwise convolution.
-        offset_range_factor: Largest offset in half cells of the sampled grid (tanh
-            limits it); negative for no limit, with positions clamped to the map.
-        table_size: (H0, W0), or one number for both: the map size that the bias table
-            is made for; needed by the position biases 'table' and 'fixed'.
+        offset_range_factor: Largest offset, in half cells of the sampled grid, which
+            tanh enforces; if negative, offsets have no limit and positions are clamped
+            to the map.
+        table_size: (H0, W0), or one number for both: the map size for which the bias
+            table is made; needed by the position biases 'table' and 'fixed'.
         position_bias: 'table' (a (num_heads, 2 * H0 - 1, 2 * W0 - 1) parameter
             ``rpe_table``, interpolated at any map size), 'log_cpb' (an MLP of the
             signed log displacement), 'fixed' (a dense bias, for maps of ``table_size``
             alone), 'dwc' (a depthwise convolution of q added to the output), or None.
-        use_offset: False pools the map instead of sampling it; no position bias then,
-            as in the official code.
+        use_offset: If False, the map is pooled instead of sampled, and there is no
+            position bias, as in the official code.
         attn_drop: Dropout of the attention weights, in [0, 1).
         proj_drop: Dropout of the output, in [0, 1).
         backend: Backend of :func:`deform_gqa.ops.deform_attn` and ``deform_sample``.
@@ -68,9 +69,9 @@ class DeformableGQA(BaseAttention):
     Raises:
         TypeError: For an option of another type.
         ValueError: For counts that do not divide, an unknown ``position_bias`` or
-            ``backend``, a missing ``table_size``, a stride or kernel below 1, a rate
-            out of range; in ``forward`` for a map that the 'fixed' bias is not made
-            for, or smaller than the kernel of an unpadded offset convolution.
+            ``backend``, a missing ``table_size``, a stride or kernel below 1, or a rate
+            out of range; in ``forward`` for a map of another size than the 'fixed'
+            bias, or one smaller than the kernel of an unpadded offset convolution.
 
     Source: Xia et al. (arXiv 2201.00520, 2309.01430), ``DAttentionBaseline`` of
     LeapLabTHU/DAT; Ainslie et al., "GQA" (arXiv 2305.13245).
@@ -140,7 +141,7 @@ class DeformableGQA(BaseAttention):
         )
 
     def _key_grid(self, map_size: tuple[int, int]) -> tuple[int, int]:
-        """Cells, and so keys, that the offset convolution makes of a map."""
+        """Size of the sampled grid: what the offset convolution makes of a map."""
         self._check_map_size(map_size)
         extra = 2 * self.conv_offset[0].padding[0] - self.offset_kernel_size
         height, width = ((side + extra) // self.stride + 1 for side in map_size)
@@ -194,9 +195,10 @@ class DeformableGQA(BaseAttention):
     def _offset_maps(self, q_map: Tensor) -> Tensor:
         """``conv_offset`` of each group of channels: (B, Sy, Sx, G, 2).
 
-        As its convolution has one filter a channel, the filters repeated for each group
-        are one convolution of the map as it lies in memory. Groups moved to the batch
-        would have to be copied, and channels first are several times slower on a CPU.
+        The convolution has one filter per channel. Its filters, repeated for each
+        group, are therefore one convolution of the map as it lies in memory. Moving the
+        groups to the batch would need a copy, and a map with channels first is several
+        times slower on a CPU.
         """
         conv, norm, act, proj = self.conv_offset
         groups = self.offset_groups

@@ -1,4 +1,4 @@
-"""Block letter X: a depthwise convolution in the place of attention."""
+"""Block letter X: a depthwise convolution in place of attention."""
 
 from mmdet.registry import MODELS
 from torch import nn
@@ -12,12 +12,12 @@ class DepthwiseConv(nn.Conv2d):
 
     Args:
         dim: Number of channels C.
-        num_heads: Unused; part of the interface that all blocks share.
+        num_heads: Not used; part of the interface that all blocks share.
         kernel_size: Odd side of the kernel.
 
     Raises:
-        TypeError: If ``kernel_size`` is no integer.
-        ValueError: If ``kernel_size`` is not odd.
+        TypeError: If ``kernel_size`` is not an integer.
+        ValueError: If ``kernel_size`` is even or below 1.
 
     Source: block letter X of LeapLabTHU/DAT.
     """

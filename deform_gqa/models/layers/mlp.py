@@ -14,7 +14,7 @@ class MLP(nn.Module):
     Args:
         dim: Number of channels C.
         ratio: Hidden channels are ``ratio * dim``.
-        drop: Dropout after each linear layer's activation, in [0, 1).
+        drop: Dropout after each of the two layers, in [0, 1).
     """
 
     def __init__(self, dim: int, ratio: float = 4, drop: float = 0.0):

@@ -13,16 +13,17 @@ from deform_gqa.ops.gqa.api import attend_grouped, causal_mask
 class MultiheadGQA(nn.Module):
     """Multi-head attention with fewer key / value heads than query heads.
 
-    With ``kv_heads == query_heads`` and ``layer_norm=False`` (the default is True)
+    With ``kv_heads == query_heads`` and ``layer_norm=False`` (the default is True) the
     outputs are those of ``nn.MultiheadAttention(batch_first=True)`` with the same
-    weights, and masks mean the same. The call differs: pass what comes after ``value``
-    by name, as the order is another; inputs have a batch dimension; weights are
-    returned only on demand, with the heads last; a query that may attend to nothing
-    gets zeros from the attention, not nan.
+    weights, and masks mean the same. The call differs in four ways: the arguments after
+    ``value`` come in another order, so pass them by name; inputs have a batch
+    dimension; weights are returned only on demand, with the heads last; and a query
+    that may attend to nothing gets zeros from the attention, not nan.
 
-    Parameters have the names of the original and its initialisation; its checkpoints
-    load. Its limits on the head dimension (a multiple of 8 up to 128) came from an old
-    flash attention and are gone, and unlike there dropout takes effect.
+    The parameters have the names and the initialisation of the original, and its
+    checkpoints load. The original's limits on the head dimension (a multiple of 8 up to
+    128) came from an old flash attention; they do not apply here. Unlike in the
+    original, dropout takes effect.
 
     Args:
         embed_dim: Channels C of query, key, value and output.
@@ -38,8 +39,8 @@ class MultiheadGQA(nn.Module):
         dtype: dtype of the parameters.
 
     Raises:
-        TypeError: For a number of channels or heads that is no integer, or a dropout
-            that is no number.
+        TypeError: If a number of channels or heads is not an integer, or ``dropout``
+            not a number.
         ValueError: For numbers of channels or heads that do not divide each other, or
             a dropout out of range.
 
@@ -128,7 +129,7 @@ class MultiheadGQA(nn.Module):
                 allowed; floating: added to the logits.
             key_padding_mask: (B, S). Boolean: True for keys to ignore; floating: added
                 to the logits.
-            is_causal: Query i attends to keys 0 to i only, beside what masks forbid.
+            is_causal: Query i attends to keys 0 to i only, in addition to the masks.
             average_attn_weights: Average the returned weights over the heads.
 
         Returns:

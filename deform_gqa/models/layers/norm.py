@@ -6,7 +6,7 @@ from torch import Tensor, nn
 class ChannelLayerNorm(nn.Module):
     """LayerNorm over the channels of each pixel of a (B, C, H, W) map.
 
-    The parameters are ``norm.weight`` and ``norm.bias``, the official DAT names
+    The parameters are ``norm.weight`` and ``norm.bias``, as in the official DAT code
     (``LayerNormProxy``).
 
     Args:

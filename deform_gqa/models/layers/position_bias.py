@@ -28,10 +28,10 @@ def build_position_bias(
 ) -> nn.Parameter | nn.Module | None:
     """``rpe_table`` of the official block: a parameter, a module, or None.
 
-    ``key_grid`` tells the grid of sampled keys from the size of a map.
+    ``key_grid`` returns the size of the grid of sampled keys for the size of a map.
 
     Raises:
-        ValueError: If 'table' or 'fixed' come without ``table_size``.
+        ValueError: If ``kind`` is 'table' or 'fixed' and ``table_size`` is None.
     """
     if kind in ('table', 'fixed'):
         if table_size is None:
@@ -67,8 +67,8 @@ def log_cpb_attention(
 ) -> Tensor:
     """Attention with the continuous position bias of Swin V2 (arXiv 2111.09883).
 
-    Worked on by blocks of query rows, recomputed in backward, so that no bias of the
-    whole map exists.
+    It works on blocks of query rows and recomputes them in backward, so that the bias
+    of the whole map is never in memory.
 
     Args:
         q: (B, Hq, N, D).

@@ -20,8 +20,8 @@ class PyramidAttention(BaseAttention):
         dim: Number of channels C.
         num_heads: Query heads.
         num_kv_heads: Key/value heads; None for ``num_heads``.
-        sr_ratio: Stride (and kernel) of the convolution that reduces the map of the
-            keys; 1 for none.
+        sr_ratio: Stride and kernel size of the convolution that reduces the map of the
+            keys; 1 for no reduction.
         attn_drop: Dropout of the attention weights, in [0, 1).
         proj_drop: Dropout of the output, in [0, 1).
 
@@ -67,6 +67,6 @@ class PyramidAttention(BaseAttention):
             return x
         # A map smaller than one cell of the reduction still gives one key.
         pad = [max(0, self.sr_ratio - side) for side in x.shape[2:]]
-        if any(pad):  # to pad by nothing is a copy
+        if any(pad):  # F.pad would copy the map even if it adds nothing
             x = F.pad(x, (0, pad[1], 0, pad[0]))
         return self.proj_ds(x)

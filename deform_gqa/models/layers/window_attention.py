@@ -66,7 +66,7 @@ class WindowAttention(BaseAttention):
         super().__init__(dim, num_heads, num_kv_heads, attn_drop, proj_drop)
         self.window_size = check_size('window_size', window_size)
         self.shift = (0, 0)
-        # (kinds, h * w, h * w) added to the logits of each kind of window, or None
+        # None, or (kinds, h * w, h * w): what is added to the logits by kind of window
         self.register_buffer('masks', None, persistent=False)
         self.proj_qkv = nn.Linear(dim, dim + 2 * self.kv_dim)
         self.proj_out = nn.Linear(dim, dim)
@@ -75,7 +75,7 @@ class WindowAttention(BaseAttention):
             torch.zeros((2 * height - 1) * (2 * width - 1), num_heads)
         )
         trunc_normal_(self.relative_position_bias_table, std=0.01)
-        # Official checkpoints hold this index too; it follows from the window size.
+        # Not stored, unlike in official checkpoints: the window size determines it.
         self.register_buffer(
             'relative_position_index',
             relative_position_index(self.window_size),
@@ -122,16 +122,16 @@ class WindowAttention(BaseAttention):
 
 @MODELS.register_module()
 class ShiftedWindowAttention(WindowAttention):
-    """Window attention on the map shifted by half a window; right for any map size.
+    """Window attention on the map shifted by half a window; correct for any map size.
 
-    Args: as in :class:`WindowAttention`.
+    Args: As in :class:`WindowAttention`.
 
     Raises:
         TypeError: As :class:`WindowAttention`.
         ValueError: As :class:`WindowAttention`, and for a ``window_size`` below 2.
 
     Source: Liu et al. (arXiv 2103.14030); ``ShiftWindowAttention`` of LeapLabTHU/DAT,
-    whose classification version is right for the training size alone and whose
+    whose classification version is correct for the training size only and whose
     detection version does not run.
     """
 
@@ -154,7 +154,8 @@ class ShiftedWindowAttention(WindowAttention):
 
     def _region_masks(self) -> Tensor:
         """(4, h * w, h * w) for each kind of window: MASKED_LOGIT between regions."""
-        # In the last row and column of windows, shifted-in pixels are a region.
+        # In the last row and column of windows, the pixels that the shift brought in
+        # from the opposite border are a region of their own.
         row, col = (
             torch.arange(side) >= side - shift
             for side, shift in zip(self.window_size, self.shift, strict=True)

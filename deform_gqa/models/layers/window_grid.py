@@ -1,4 +1,4 @@
-"""Cuts a map into windows and puts them back, with one copy each way."""
+"""Cuts a map into windows and puts them together again, with one copy each way."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from torch import Tensor
 class WindowGrid:
     """Windows of a map that may be shifted cyclically, in batches of one kind.
 
-    Windows of a shifted map that hold pixels from its opposite ends need a mask. They
-    are the last row and the last column of windows, so that there are four kinds:
-    inner ones, the last column, the last row, and the corner. Windows of one kind are
-    neighbours in the batch: attention takes them at once with one bias.
+    Windows of a shifted map that hold pixels from opposite borders need a mask. These
+    are the last row and the last column of windows, so there are four kinds: the inner
+    windows, the last column, the last row, and the corner. Windows of one kind are next
+    to each other in the batch, so that attention takes them at once with one bias.
 
     Args:
         batch: Number B of maps.
         map_size: (H, W) in pixels.
-        window_size: (h, w) in pixels. Maps that it does not divide are continued with
+        window_size: (h, w) in pixels. Maps that it does not divide are padded with
             zeros on the right and at the bottom.
-        shift: Pixels by which the map is shifted up and left first, below the window's
-            sides; (0, 0) makes all windows one kind.
+        shift: Pixels by which the map is first shifted up and left, less than the sides
+            of the window; with (0, 0) all windows are of one kind.
         device: Device of the maps.
 
     Attributes:
@@ -48,15 +48,15 @@ class WindowGrid:
         self.counts = [batch * r * c for r in row_parts for c in col_parts]
         # Columns of pixels broadcast against rows of them.
         y = torch.arange(map_size[0], device=device).unsqueeze(1)
-        y = _Axis.of(y, window_size[0], row_parts, shift[0])
+        y = _WindowsAlong.of(y, window_size[0], row_parts, shift[0])
         x = torch.arange(map_size[1], device=device)
-        x = _Axis.of(x, window_size[1], col_parts, shift[1])
+        x = _WindowsAlong.of(x, window_size[1], col_parts, shift[1])
         image = torch.arange(batch, device=device).view(-1, 1, 1)
         before = batch * (y.before * cols + y.count * x.before)
         window = before + (image * y.count + y.window) * x.count + x.window
-        # (B * H * W,) where each pixel stands among the windows' pixels. By arithmetic
-        # and not by views, as their copies would depend on the sizes: the compiler
-        # would start anew for each of them.
+        # (B * H * W,) index of each pixel among the pixels of the windows. Arithmetic
+        # computes it and not views, whose copies would depend on the sizes, so that
+        # torch.compile would compile again for each of them.
         inside = y.inside * window_size[1] + x.inside
         self._slots = (window * self.window_area + inside).flatten()
 
@@ -67,20 +67,20 @@ class WindowGrid:
         return windows.unflatten(0, (-1, self.window_area))
 
     def scatter(self, windows: Tensor) -> Tensor:
-        """Inverse of :meth:`gather`; drops what continues the maps."""
+        """Inverse of :meth:`gather`; drops the padding."""
         x = _TakeOnce.apply(windows.flatten(0, 1), self._slots)
         return x.unflatten(0, (self.batch, *self.map_size))
 
 
 @dataclasses.dataclass
-class _Axis:
-    """Where the pixels of an axis are, int64:
+class _WindowsAlong:
+    """For each row of pixels of a map, or each column, the window that it is in; int64.
 
     Attributes:
-        inside: Its place in its window.
-        window: Number of its window among those of its kind.
-        count: Windows of its kind.
-        before: Windows of the kinds before.
+        inside: Position in the window.
+        window: Index of the window among those of its kind.
+        count: Number of windows of this kind.
+        before: Number of windows of the kinds before.
     """
 
     inside: Tensor
@@ -91,8 +91,8 @@ class _Axis:
     @classmethod
     def of(
         cls, pixel: Tensor, window: int, parts: tuple[int, ...], shift: int
-    ) -> '_Axis':
-        """Places of pixels given by their index; ``parts`` counts windows by kind."""
+    ) -> '_WindowsAlong':
+        """From the indices of the pixels; ``parts`` counts the windows of each kind."""
         shifted = (pixel - shift) % (sum(parts) * window)
         number = shifted // window
         is_last = (number >= parts[0]).long()
@@ -102,7 +102,7 @@ class _Axis:
 
 
 class _TakeOnce(torch.autograd.Function):
-    """Rows of a matrix, none of them twice, so that backward need not add."""
+    """Takes rows of a matrix, none of them twice, so that backward adds nothing up."""
 
     @staticmethod
     def forward(ctx, x: Tensor, index: Tensor) -> Tensor:

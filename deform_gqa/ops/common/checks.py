@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: they run before any work starts.
+"""Argument checks shared by the ops, which run them before any work starts.
 
 Those of plain options are in ``deform_gqa.checks``; here they also take the symbols
 that torch puts in the place of numbers where it traces a graph for changing sizes.
@@ -56,7 +56,7 @@ def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
 
 
 def check_int(name: str, value: Any) -> None:
-    """As :func:`deform_gqa.checks.check_int`; also what is one in a traced graph."""
+    """As :func:`deform_gqa.checks.check_int`; also takes one of a traced graph."""
     is_symbol = isinstance(value, torch.SymInt)
     # torch.jit.trace, which counts FLOPs in OpenMMLab, makes tensors of all sizes.
     if not is_symbol and not (isinstance(value, Tensor) and torch.jit.is_tracing()):
@@ -64,7 +64,7 @@ def check_int(name: str, value: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """As :func:`deform_gqa.checks.check_number`; also what is one in a graph."""
+    """As :func:`deform_gqa.checks.check_number`; also takes a symbol."""
     if not isinstance(value, (torch.SymInt, torch.SymFloat)):
         plain_checks.check_number(name, value)
 

@@ -31,8 +31,8 @@ model = dict(
         ),
     )
 )
-# Offsets are in pixels of the map, where the shared ones of DAT are in halves of it:
-# they need larger steps to get as far. Starting points are places: no decay.
+# Offsets are in pixels of the map, while the shared offsets of DAT are in halves of it,
+# so they need larger steps to get as far. Base offsets are positions: no weight decay.
 block = 'backbone.stages.2.attns.1'
 optim_wrapper = dict(
     paramwise_cfg=dict(

@@ -1,4 +1,4 @@
-"""Attention with samples of each query's own, registered in mmdet's MODELS."""
+"""Attention whose queries have samples of their own, registered in mmdet's MODELS."""
 
 from .multiview import MultiViewDeformableAttention
 from .per_query import PerQueryDeformableAttention

@@ -15,20 +15,23 @@ from .points import Atlas, pixel_steps, ring_offsets
 
 @MODELS.register_module()
 class MultiViewDeformableAttention(BaseAttention):
-    """Queries attend points near their reference point in every view and scale.
+    """Queries attend to points near their reference points in every view and scale.
 
     One softmax covers all views, scales and points. A point outside its map has a
-    logit of 0 and a value of 0, so a query that a view does not see gives it little.
+    logit of 0 and a value of 0: it has a share in the softmax and adds nothing to the
+    output.
+
+    The interface is not that of a block of the backbone: see :meth:`forward`.
 
     Args:
         dim: Number of channels C of queries and maps.
         num_heads: Query heads Hq; ``dim`` is a multiple.
         num_kv_heads: Key/value heads that divide ``num_heads``; None for
             ``num_heads``.
-        num_levels: Scales of each view.
-        num_points: Points of each query, view and scale.
-        offset_groups: Groups of query heads with points of their own; divides
-            ``num_heads``. None for one a kv head.
+        num_levels: Number of scales of each view.
+        num_points: Number of points of each query in each view and scale.
+        offset_groups: Number of groups of query heads, each of which has its own
+            points; divides ``num_heads``. None for one group per kv head.
         attn_drop: Dropout of the attention weights, in [0, 1).
         proj_drop: Dropout of the output, in [0, 1).
         backend: Backend of :func:`deform_gqa.ops.deform_sdpa`.
@@ -78,12 +81,12 @@ class MultiViewDeformableAttention(BaseAttention):
     ) -> Tensor:
         """
         Args:
-            query: (B, N, C): a map of a view or a bird's-eye grid, row by row, or
-                object queries.
-            maps: One (B, V, C, H, W) a scale; (B, C, H, W) for a single view.
-            reference_points: (B, N, V, 2) where each query is seen in each view, in
-                (x, y), [0, 1] with align_corners=True, outside where it is not;
-                (B, N, 2) for a single view.
+            query: (B, N, C): the pixels of a view or of a bird's-eye grid, row by row,
+                or object queries.
+            maps: For each scale (B, V, C, H, W), or (B, C, H, W) for a single view.
+            reference_points: (B, N, V, 2), the position of each query in each view, in
+                (x, y), [0, 1] with align_corners=True, outside this range where the
+                view does not show it; (B, N, 2) for a single view.
 
         Returns:
             (B, N, C), dtype of ``query``.

@@ -18,17 +18,17 @@ class PerQueryDeformableAttention(BaseAttention):
 
     A depthwise convolution of the queries predicts, for each offset group, P offsets
     of every query; keys and values are projections of the whole map, sampled there.
-    Stands for any letter of a DAT stage: ``attention=dict(Q=dict(type=
-    'PerQueryDeformableAttention', num_points=8))``.
+    It can stand for any block letter of the DAT backbone:
+    ``attention=dict(Q=dict(type='PerQueryDeformableAttention', num_points=8))``.
 
     Args:
         dim: Number of channels C.
         num_heads: Query heads Hq; ``dim`` is a multiple.
         num_kv_heads: Key/value heads that divide ``num_heads``; None for
             ``num_heads``.
-        num_points: Points P of each query.
-        offset_groups: Groups of query heads with points of their own; divides
-            ``num_heads`` and ``dim``.
+        num_points: Number of points P of each query.
+        offset_groups: Number of groups of query heads, each of which has its own
+            points; divides ``num_heads``.
         offset_kernel_size: Side of the offset network's depthwise convolution, odd.
         attn_drop: Dropout of the attention weights, in [0, 1).
         proj_drop: Dropout of the output, in [0, 1).

@@ -1,4 +1,4 @@
-"""Reference points, first offsets and the atlas that holds maps of several scales."""
+"""Reference points, initial offsets, and an atlas that holds maps of several scales."""
 
 import math
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def ring_offsets(groups: int, points: int) -> Tensor:
-    """First offsets in pixels: (G, P, 2) in (x, y).
+    """Initial offsets in pixels: (G, P, 2) in (x, y).
 
-    Each offset group looks into a direction of its own, point p at a distance of p
-    pixels, the first at the reference point itself.
+    Each offset group looks in a direction of its own. Point p is at a distance of p
+    pixels, so that the first one is at the reference point itself.
 
     Source: Zhu et al., "Deformable DETR" (arXiv 2010.04159), whose points start at a
     distance of 1.
@@ -77,8 +77,8 @@ class Atlas:
     def coords(self, coords: Sequence[Tensor]) -> Tensor:
         """Coordinates (..., P, 2) on each map -> (..., maps * P, 2) on the sheet.
 
-        Points more than a pixel outside their map move to where it begins to count,
-        lest they read the next one.
+        Points more than a pixel outside their map are moved to that distance, where the
+        map does not count any more, so that they do not read the next map.
         """
         if len(coords) == 1:
             return coords[0]

@@ -161,6 +161,7 @@ def test_colour_does_not_tell_the_class():
         ('test', 0, ValueError, "split .*'test'"),
         ('train', -1, ValueError, 'index .*-1'),
         ('train', 1.5, TypeError, 'index .*1.5'),
+        ('train', False, TypeError, 'index .*False'),
     ],
 )
 def test_sample_refuses(split, index, error, message):
@@ -385,6 +386,8 @@ def test_failed_encoding_is_an_error(tmp_path, monkeypatch):
         (dict(min_visible=1.1), ValueError, 'min_visible .*1.1'),
         (dict(min_visible=float('nan')), ValueError, 'min_visible .*nan'),
         (dict(min_visible='half'), TypeError, "min_visible .*'half'"),
+        (dict(min_visible=True), TypeError, 'min_visible .*True'),
+        (dict(image_size=(64, True)), TypeError, 'image_size .*True'),
     ],
 )
 def test_config_refuses(options, error, message):
@@ -393,7 +396,9 @@ def test_config_refuses(options, error, message):
 
 
 @pytest.mark.parametrize(
-    ('workers', 'error'), [(0, ValueError), (1.0, TypeError)], ids=str
+    ('workers', 'error'),
+    [(0, ValueError), (1.0, TypeError), (True, TypeError)],
+    ids=str,
 )
 def test_workers_are_checked(tmp_path, workers, error):
     with pytest.raises(error, match='workers'):

@@ -168,6 +168,9 @@ KINDS = ('PerQueryDeformableAttention', 'MultiViewDeformableAttention')
         (dict(backend='trition'), ValueError, "backend .* got 'trition'"),
         (dict(num_points=2.0), TypeError, 'num_points .* got 2.0'),
         (dict(offset_groups=1.0), TypeError, 'offset_groups .* got 1.0'),
+        (dict(offset_groups=True), TypeError, 'offset_groups .* got True'),
+        (dict(num_points=True), TypeError, 'num_points .* got True'),
+        (dict(proj_drop=False), TypeError, 'proj_drop .* got False'),
     ],
 )
 def test_bad_shared_options(kind, options, error, message):

@@ -219,6 +219,11 @@ def test_constructor_errors(changes, message):
         MultiheadGQA(**(options | changes))
 
 
+def test_dropout_is_a_number():
+    with pytest.raises(TypeError, match='dropout must be a number, got False'):
+        MultiheadGQA(CHANNELS, HEADS, 2, dropout=False)
+
+
 @pytest.mark.parametrize('value', [True, 4.0, '4'])
 @pytest.mark.parametrize('name', ['embed_dim', 'query_heads', 'kv_heads'])
 def test_counts_are_integers(name, value):

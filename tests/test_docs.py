@@ -1,6 +1,10 @@
-"""The documentation names files that exist, and every config is in its table."""
+"""What the documentation names exists, and tables of configs are complete."""
 
+import argparse
+import importlib
 import re
+import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,7 @@ LINK = re.compile(r'\]\(([^)\s]+)\)')
 NAMED_FILE = re.compile(
     r'(?<![\w/.-])((?:configs|deform_gqa|docs|projects|tests|tools)/[\w./+-]+\.(?:py|sh|md))\b'
 )
+BENCHMARK = re.compile(r'python tools/benchmark\.py (.+)')
 
 
 def text_of(page: str) -> str:
@@ -67,6 +72,26 @@ def test_links_resolve(page):
 def test_named_files_exist(page):
     named = set(NAMED_FILE.findall(text_of(page)))
     assert sorted(name for name in named if not (ROOT / name).is_file()) == []
+
+
+def benchmark_commands() -> list[str]:
+    """Arguments of tools/benchmark.py that pages show and results were made with."""
+    results = (ROOT / 'tools/benchmark_results').glob('*/*/*.md')
+    texts = [*map(text_of, PAGES), *(path.read_text() for path in results)]
+    commands = set()
+    for text in texts:
+        for line in BENCHMARK.findall(re.sub(r'\\\n\s*', '', text)):
+            commands.add(line.partition('`')[0].partition('#')[0].strip())
+    return sorted(command for command in commands if '--help' not in command)
+
+
+@pytest.mark.parametrize('command', benchmark_commands())
+def test_benchmark_commands_have_options_that_exist(command):
+    suites = runpy.run_path(str(ROOT / 'tools/benchmark.py'))['SUITES']
+    name, *options = shlex.split(command)
+    parser = argparse.ArgumentParser()
+    importlib.import_module(suites[name]).add_arguments(parser)
+    parser.parse_args(options)
 
 
 def test_front_page_is_short():

@@ -1,8 +1,9 @@
 """Host side of the deform_attn kernels: what every launch of one call shares."""
 
 import dataclasses
-import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,14 @@ from torch import Tensor
 from ..common import triton_host
 from ..common.block_sizes import BlockSizes, dot_part, pad_head_dim
 from ..common.constants import LOG2E
-from ..common.triton_host import split_scale, vector
+from ..common.triton_host import (
+    Layout,
+    cached_call,
+    layout,
+    optional_layout,
+    split_scale,
+    vector,
+)
 from .block_sizes import Features, block_sizes
 from .patches import (
     MAX_WINDOW,
@@ -26,25 +34,42 @@ from .triton_key_taps import key_taps
 from .triton_pack_table import pack_table, row_pitch
 
 
-@dataclasses.dataclass
-class DeformAttnCall:
-    """One call of deform_attn: shapes, scales and the geometry of the bias."""
+@dataclasses.dataclass(frozen=True)
+class BiasLayouts:
+    """How the key taps and the packed table of a call lie in memory.
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    pos: Tensor | None
-    rpb_table: Tensor | None
-    seed: int
+    Attributes:
+        tiles: Key taps are made for tiles of each of these numbers of keys.
+        window: Rows of the packed table have room for windows of up to this width.
+    """
+
+    tiles: tuple[int, ...]
+    window: int
+
+
+@dataclasses.dataclass(eq=False)
+class DeformAttnCall:
+    """Calls of deform_attn that differ in no layout and no option, but in values.
+
+    From :func:`deform_attn_call`, which returns the same object for all of them: what
+    it has found for their launches is kept.
+    """
+
+    q: Layout
+    k: Layout
+    v: Layout
+    pos: Layout | None
+    rpb_table: Layout | None
     grid_size: tuple[int, int]
     scale: float
     dropout_p: float
     pos_in_range: bool
+    arch: int
+    deterministic: bool
 
     def __post_init__(self):
         self.batch, self.heads, self.queries, self.head_dim = self.q.shape
         self.kv_heads, self.keys = self.k.shape[1:3]
-        self.arch = triton_host.architecture(self.q.device)
         self.has_bias = self.rpb_table is not None
         self.groups = self.pos.shape[1] if self.has_bias else 1
         # Query heads with keys and positions in common.
@@ -63,18 +88,23 @@ class DeformAttnCall:
             self.map_size = (self.queries, 1)
             self.table_size = (1, 1)
             self.axis_y = self.axis_x = TableAxis(0.0, 0.0, 0.0)
-
-    @functools.cached_property
-    def features(self) -> Features:
         window = MIN_WINDOW
         if self.has_bias:
             window = min(window_of(self.axis_x.step, 16), MAX_WINDOW)
-        return Features(
+        self.features = Features(
             window=window,
             bias=self.has_bias,
             dropout=self.dropout_p > 0,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            deterministic=self.deterministic,
         )
+        self._launches = {}
+
+    def cached(self, find: Callable[..., Any], *layouts: Layout) -> Any:
+        """``find(self, *layouts)``, found once: the launches of one direction."""
+        key = find, *layouts
+        if key not in self._launches:
+            self._launches[key] = find(self, *layouts)
+        return self._launches[key]
 
     def sizes(self, kernel: str) -> BlockSizes:
         return block_sizes(
@@ -89,17 +119,22 @@ class DeformAttnCall:
             return flat_patch(sizes.queries, height)
         return choose_patch(sizes.queries, height, width, self.axis_x.step)
 
-    def packed_table(self, patch: Patch) -> Tensor | None:
-        """In float16 beside 16-bit q: its 11 bits lose less than a bfloat16 bias."""
-        if not self.has_bias:
-            return None
-        dtype = torch.float32 if self.q.dtype == torch.float32 else torch.float16
-        return pack_table(self.rpb_table, patch.window, 1 / self.scale, dtype)
+    def bias_tensors(
+        self, layouts: BiasLayouts, pos: Tensor | None, rpb_table: Tensor | None
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        """Key taps by the keys of a tile, and the packed table.
 
-    def key_taps(self, sizes: BlockSizes) -> Tensor | None:
+        The table is in float16 beside 16-bit q: its 11 bits lose less than a bfloat16
+        bias.
+        """
         if not self.has_bias:
-            return None
-        return key_taps(self.pos, self.axis_y, self.axis_x, sizes.keys)
+            return dict.fromkeys(layouts.tiles), None
+        taps = {
+            tile: key_taps(pos, self.axis_y, self.axis_x, tile)
+            for tile in layouts.tiles
+        }
+        dtype = torch.float32 if self.q.dtype == torch.float32 else torch.float16
+        return taps, pack_table(rpb_table, layouts.window, 1 / self.scale, dtype)
 
     def num_patches(self, patch: Patch, heads: int = 1) -> int:
         """Patches of the rows of so many stacked heads."""
@@ -112,10 +147,14 @@ class DeformAttnCall:
         return (self.batch * self.heads // heads * self.num_patches(patch, heads),)
 
     def input_strides(self) -> tuple[int, ...]:
-        return *self.q.stride(), *self.k.stride(), *self.v.stride()
+        return *self.q.strides, *self.k.strides, *self.v.strides
 
-    def arguments(self, patch: Patch) -> dict:
-        """Arguments by name that the forward and backward kernels have in common."""
+    def arguments(self, patch: Patch, sizes: BlockSizes, window: int) -> dict:
+        """Arguments by name that the forward and backward kernels have in common.
+
+        Args:
+            window: Of the :class:`BiasLayouts` that the kernel reads.
+        """
         height, width = self.map_size
         table_h, table_w = self.table_size
         return dict(
@@ -128,12 +167,11 @@ class DeformAttnCall:
             width=width,
             table_h=table_h,
             table_w=table_w,
-            row_pitch=row_pitch(table_w, patch.window),
+            row_pitch=row_pitch(table_w, window),
             step_y=self.axis_y.step,
             step_x=self.axis_x.step,
             q_factor=self.q_factor,
             scale_log2=self.scale * LOG2E,
-            seed=self.seed,
             dropout_p=self.dropout_p,
             D=self.head_dim,
             DP=pad_head_dim(self.head_dim),
@@ -141,6 +179,8 @@ class DeformAttnCall:
             R=patch.rows,
             C=patch.cols,
             CW=patch.window,
+            BN=sizes.keys,
+            NW=min(sizes.warps, sizes.keys),
             HAS_BIAS=self.has_bias,
             IN_RANGE=self.pos_in_range,
             DROPOUT=self.dropout_p > 0,
@@ -150,4 +190,36 @@ class DeformAttnCall:
             enable_fp_fusion=True,
             # Or the compiler spills a few registers for a step of occupancy.
             maxnreg=255 if self.features.fine_table else None,
+            num_warps=sizes.warps,
+            num_stages=sizes.stages,
         )
+
+
+_find_call = cached_call(DeformAttnCall)
+
+
+def deform_attn_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None,
+    rpb_table: Tensor | None,
+    grid_size: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+    pos_in_range: bool,
+) -> DeformAttnCall:
+    """The call with these tensors' layouts and these options, on q's device."""
+    return _find_call(
+        layout(q),
+        layout(k),
+        layout(v),
+        optional_layout(pos),
+        optional_layout(rpb_table),
+        grid_size,
+        scale,
+        dropout_p,
+        pos_in_range,
+        triton_host.architecture(q.device),
+        torch.are_deterministic_algorithms_enabled(),
+    )

@@ -2,18 +2,28 @@
 
 In backward, where registers allow it, one launch of the key-parallel kernel computes
 all gradients but that of q; else one computes those of k and v and another those of the
-bias. Key taps and packed table are made for each kernel: their layouts follow its tiles
-(keys of a tile, window of a patch), which are not those of forward.
+bias. Key taps and packed table are made once for the kernels of a direction; taps lie
+tile by tile, so once for each number of keys that a tile of them has. What launches
+need beside the tensors is found once and kept, as finding it takes the host longer than
+the launches do.
 """
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
+from ..common.block_sizes import BlockSizes
 from ..common.fixed_point import fixed_point_unit
 from ..common.layout import empty_tokens_like
-from ..common.triton_host import on_device_of_first_tensor, vector
+from ..common.triton_host import (
+    Launch,
+    Layout,
+    layout,
+    on_device_of_first_tensor,
+    vector,
+)
 from .block_sizes import fuses_bias_gradient
 from .patches import (
     Patch,
@@ -24,7 +34,7 @@ from .patches import (
 )
 from .triton_bwd_kv import deform_attn_dkdv_kernel
 from .triton_bwd_q import deform_attn_dq_kernel
-from .triton_call import DeformAttnCall
+from .triton_call import BiasLayouts, DeformAttnCall, deform_attn_call
 from .triton_fwd import deform_attn_fwd_kernel
 
 # Programs that the key-parallel kernel aims at, by splitting the queries: some four
@@ -34,6 +44,46 @@ MAX_SPLITS = 16
 # Private copies of the table gradient, against atomics that wait for each other.
 MAX_COPIES = 8
 MAX_COPIES_NUMEL = 2**22
+
+
+@dataclasses.dataclass(frozen=True)
+class _QueryLaunch:
+    """A launch of a query-parallel kernel, and the keys of its tiles."""
+
+    launch: Launch
+    tile: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeyLaunch(_QueryLaunch):
+    """One of the key-parallel kernel, and the partial sums that it writes.
+
+    Attributes:
+        key_grad: Whether it computes the gradients of k and v.
+        bias_grad: Whether it computes those of pos and the table.
+        splits: Parts of the queries, each with a sum of its own.
+        pos_shape: (splits, B, Hq, S, 2).
+        table_shape: (copies, Hq, Th + 4, Tw + 4); row and column 0 stand for -1.
+    """
+
+    key_grad: bool
+    bias_grad: bool
+    splits: int
+    pos_shape: tuple[int, ...]
+    table_shape: tuple[int, ...]
+
+    def new_key_gradient(self, k: Tensor) -> Tensor:
+        """As k, or (splits, *k.shape) in float32 where there are sums to add up."""
+        if self.splits == 1:
+            return k.new_empty(k.shape)
+        return k.new_empty((self.splits, *k.shape), dtype=torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BackwardLaunches:
+    bias: BiasLayouts
+    for_queries: _QueryLaunch
+    for_keys: tuple[_KeyLaunch, ...]
 
 
 @on_device_of_first_tensor
@@ -55,30 +105,36 @@ def deform_attn_forward(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
-    call = DeformAttnCall(
-        q, k, v, pos, rpb_table, seed, grid_size, scale, dropout_p, pos_in_range
+    call = deform_attn_call(
+        q, k, v, pos, rpb_table, grid_size, scale, dropout_p, pos_in_range
     )
-    sizes = call.sizes('deform_attn_fwd')
-    patch = call.patch(sizes)
-    deform_attn_fwd_kernel[call.grid(patch)](
+    bias, forward = call.cached(_forward_launch)
+    taps, table = call.bias_tensors(bias, pos, rpb_table)
+    forward.launch(
+        deform_attn_fwd_kernel,
         q,
         k,
         v,
-        call.key_taps(sizes),
-        call.packed_table(patch),
+        taps[forward.tile],
+        table,
         out,
         lse,
-        *call.input_strides(),
-        *out.stride()[:3],
-        **call.arguments(patch),
-        HS=call.heads_sharing,
-        BN=sizes.keys,
-        NW=min(sizes.warps, sizes.keys),
-        Q_VEC=vector(q),
-        num_warps=sizes.warps,
-        num_stages=sizes.stages,
+        seed=seed,
     )
     return out, lse
+
+
+def _forward_launch(call: DeformAttnCall) -> tuple[BiasLayouts, _QueryLaunch]:
+    sizes = call.sizes('deform_attn_fwd')
+    patch = call.patch(sizes)
+    bias = BiasLayouts((sizes.keys,), patch.window)
+    options = dict(HS=call.heads_sharing, Q_VEC=vector(call.q))
+    launch = Launch(
+        call.grid(patch),
+        (*call.input_strides(), *_token_strides(call)),
+        {**call.arguments(patch, sizes, bias.window), **options},
+    )
+    return bias, _QueryLaunch(launch, sizes.keys)
 
 
 @on_device_of_first_tensor
@@ -111,45 +167,141 @@ def deform_attn_backward(
             else torch.zeros_like(x, memory_format=torch.contiguous_format)
             for x in (q, k, v, pos, rpb_table)
         )
-    call = DeformAttnCall(
-        q, k, v, pos, rpb_table, seed, grid_size, scale, dropout_p, pos_in_range
+    call = deform_attn_call(
+        q, k, v, pos, rpb_table, grid_size, scale, dropout_p, pos_in_range
     )
-    grad_q, delta = _backward_q(call, grad_out, out, lse)
-    return grad_q, *_backward_kv(call, grad_out, lse, delta)
-
-
-def _backward_q(
-    call: DeformAttnCall, grad_out: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    q = call.q
-    sizes = call.sizes('deform_attn_dq')
-    patch = call.patch(sizes)
+    launches = call.cached(_backward_launches, layout(grad_out), layout(out))
+    taps, table = call.bias_tensors(launches.bias, pos, rpb_table)
     grad_q = empty_tokens_like(q)
     delta = torch.empty_like(lse)
-    deform_attn_dq_kernel[call.grid(patch)](
+    for_q = launches.for_queries
+    for_q.launch(
+        deform_attn_dq_kernel,
         q,
-        call.k,
-        call.v,
-        call.key_taps(sizes),
-        call.packed_table(patch),
+        k,
+        v,
+        taps[for_q.tile],
+        table,
         out,
         grad_out,
         lse,
         delta,
         grad_q,
-        *call.input_strides(),
-        *grad_out.stride(),
-        *out.stride(),
-        *grad_q.stride()[:3],
-        **call.arguments(patch),
-        HS=call.heads_sharing,
-        BN=sizes.keys,
-        NW=min(sizes.warps, sizes.keys),
-        Q_VEC=vector(q, grad_out, out),
-        num_warps=sizes.warps,
-        num_stages=sizes.stages,
+        seed=seed,
     )
-    return grad_q, delta
+    unit = None
+    if call.has_bias and call.deterministic:
+        unit = _fixed_point_unit(call, v, grad_out)
+    grad_k = grad_v = grad_pos = grad_table = None
+    for for_k in launches.for_keys:
+        if for_k.key_grad:
+            grad_k, grad_v = for_k.new_key_gradient(k), for_k.new_key_gradient(k)
+        if for_k.bias_grad:
+            grad_pos = q.new_empty(for_k.pos_shape, dtype=torch.float32)
+            dtype = torch.float32 if unit is None else torch.int64
+            grad_table = q.new_zeros(for_k.table_shape, dtype=dtype)
+        for_k.launch(
+            deform_attn_dkdv_kernel,
+            q,
+            k,
+            v,
+            taps[for_k.tile],
+            table,
+            grad_out,
+            lse,
+            delta,
+            grad_k if for_k.key_grad else None,
+            grad_v if for_k.key_grad else None,
+            grad_pos,
+            grad_table,
+            unit if for_k.bias_grad else None,
+            seed=seed,
+        )
+    return (
+        grad_q,
+        _sum_splits(grad_k, k),
+        _sum_splits(grad_v, v),
+        *_finish_bias(call, q, rpb_table, grad_pos, grad_table, unit),
+    )
+
+
+def _backward_launches(
+    call: DeformAttnCall, grad_out: Layout, out: Layout
+) -> _BackwardLaunches:
+    if not call.has_bias:
+        ops = {'deform_attn_dkdv': (True, False)}
+    elif fuses_bias_gradient(call.head_dim, call.q.dtype, call.features):
+        ops = {'deform_attn_dkdv_dbias': (True, True)}
+    else:
+        ops = {'deform_attn_dkdv': (True, False), 'deform_attn_dbias': (False, True)}
+    query_sizes = call.sizes('deform_attn_dq')
+    query_patch = call.patch(query_sizes)
+    key_sizes = [call.sizes(op) for op in ops]
+    key_patches = [
+        _key_patch(call, sizes.queries, bias_grad)
+        for sizes, (_, bias_grad) in zip(key_sizes, ops.values(), strict=True)
+    ]
+    bias = BiasLayouts(
+        tuple({sizes.keys: None for sizes in [query_sizes, *key_sizes]}),
+        max(patch.window for patch in [query_patch, *(p for p, _ in key_patches)]),
+    )
+    options = dict(HS=call.heads_sharing, Q_VEC=vector(call.q, grad_out, out))
+    strides = *grad_out.strides, *out.strides, *_token_strides(call)
+    for_queries = Launch(
+        call.grid(query_patch),
+        (*call.input_strides(), *strides),
+        {**call.arguments(query_patch, query_sizes, bias.window), **options},
+    )
+    for_keys = [
+        _key_launch(call, grad_out, bias, sizes, *patch, *grads)
+        for sizes, patch, grads in zip(
+            key_sizes, key_patches, ops.values(), strict=True
+        )
+    ]
+    return _BackwardLaunches(
+        bias, _QueryLaunch(for_queries, query_sizes.keys), tuple(for_keys)
+    )
+
+
+def _token_strides(call: DeformAttnCall) -> tuple[int, int, int]:
+    """Those of ``empty_tokens_like(q)`` but for the last, which is 1."""
+    row = call.heads * call.head_dim
+    return call.queries * row, call.head_dim, row
+
+
+def _key_launch(
+    call: DeformAttnCall,
+    grad_out: Layout,
+    bias: BiasLayouts,
+    sizes: BlockSizes,
+    patch: Patch,
+    rows_reached: int,
+    key_grad: bool,
+    bias_grad: bool,
+) -> _KeyLaunch:
+    tiles = math.ceil(call.keys / sizes.keys) * call.batch * call.kv_heads
+    splits = _num_splits(tiles, call.num_patches(patch))
+    table_shape = _table_shape(call)
+    options = dict(
+        num_splits=splits,
+        slope_y=-call.axis_y.half * call.scale,
+        slope_x=-call.axis_x.half * call.scale,
+        num_copies=table_shape[0],
+        Q_VEC=vector(call.q, grad_out),
+        RW=rows_reached,
+        FIXED=bias_grad and call.deterministic,
+        KEY_GRAD=key_grad,
+        BIAS_GRAD=bias_grad,
+    )
+    launch = Launch(
+        (tiles * splits,),
+        (*call.input_strides(), *grad_out.strides),
+        {**call.arguments(patch, sizes, bias.window), **options},
+    )
+    pos_shape = splits, call.batch, call.heads, call.keys, 2
+    return _KeyLaunch(
+        launch, sizes.keys, key_grad, bias_grad, splits, pos_shape, table_shape
+    )
 
 
 def _key_patch(call: DeformAttnCall, most: int, bias_grad: bool) -> tuple[Patch, int]:
@@ -167,116 +319,44 @@ def _num_splits(tiles: int, patches: int) -> int:
     return max(1, min(wanted, patches, MAX_SPLITS))
 
 
-def _fixed_point_unit(call: DeformAttnCall, grad_out: Tensor) -> Tensor:
+def _table_shape(call: DeformAttnCall) -> tuple[int, ...]:
+    """(copies, Hq, Th + 4, Tw + 4)."""
+    table_h, table_w = call.table_size
+    shape = call.heads, table_h + 4, table_w + 4
+    copies = MAX_COPIES_NUMEL // math.prod(shape)
+    return 1 if call.deterministic else max(1, min(copies, MAX_COPIES)), *shape
+
+
+def _fixed_point_unit(call: DeformAttnCall, v: Tensor, grad_out: Tensor) -> Tensor:
     """Bounds the table's gradient: a query adds at most twice its largest d(logit).
 
     That is at most the product of the norms of its gradient and of a value.
     """
-    largest = grad_out.float().norm(dim=-1).amax() * call.v.float().norm(dim=-1).amax()
+    largest = grad_out.float().norm(dim=-1).amax() * v.float().norm(dim=-1).amax()
     count = call.batch * call.queries
     return fixed_point_unit(largest * (4.0 * count / (1 - call.dropout_p)))
 
 
-def _table_gradient(call: DeformAttnCall, deterministic: bool) -> Tensor:
-    """(copies, Hq, Th + 4, Tw + 4) zeros; row and column 0 stand for -1."""
-    table_h, table_w = call.table_size
-    shape = (call.heads, table_h + 4, table_w + 4)
-    copies = MAX_COPIES_NUMEL // math.prod(shape)
-    copies = 1 if deterministic else max(1, min(copies, MAX_COPIES))
-    dtype = torch.int64 if deterministic else torch.float32
-    return call.q.new_zeros((copies, *shape), dtype=dtype)
-
-
-def _backward_kv(
-    call: DeformAttnCall, grad_out: Tensor, lse: Tensor, delta: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = grad_out, lse, delta
-    if not call.has_bias:
-        sums = _launch_kv(call, 'deform_attn_dkdv', *inputs, bias_grad=False)
-    elif fuses_bias_gradient(call.head_dim, call.q.dtype, call.features):
-        sums = _launch_kv(call, 'deform_attn_dkdv_dbias', *inputs)
-    else:
-        keys = _launch_kv(call, 'deform_attn_dkdv', *inputs, bias_grad=False)
-        bias = _launch_kv(call, 'deform_attn_dbias', *inputs, key_grad=False)
-        sums = *keys[:2], *bias[2:]
-    grad_k, grad_v, *for_bias = sums
-    return (
-        grad_k.sum(0).to(call.k.dtype),
-        grad_v.sum(0).to(call.v.dtype),
-        *_finish_bias(call, *for_bias),
-    )
-
-
-def _launch_kv(
-    call: DeformAttnCall,
-    op: str,
-    grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    key_grad: bool = True,
-    bias_grad: bool = True,
-) -> tuple[Tensor | None, ...]:
-    """Partial grad_k, grad_v, grad_pos and grad_table, and the last one's unit."""
-    q, k, v = call.q, call.k, call.v
-    sizes = call.sizes(op)
-    patch, rows_reached = _key_patch(call, sizes.queries, bias_grad)
-    tiles = math.ceil(call.keys / sizes.keys) * call.batch * call.kv_heads
-    splits = _num_splits(tiles, call.num_patches(patch))
-    grad_k = grad_v = grad_pos = grad_table = unit = None
-    if key_grad:
-        grad_k, grad_v = k.new_empty((2, splits, *k.shape), dtype=torch.float32)
-    if bias_grad:
-        shape = (splits, call.batch, call.heads, call.keys, 2)
-        grad_pos = q.new_empty(shape, dtype=torch.float32)
-        deterministic = call.features.deterministic
-        grad_table = _table_gradient(call, deterministic)
-        unit = _fixed_point_unit(call, grad_out) if deterministic else None
-    deform_attn_dkdv_kernel[(tiles * splits,)](
-        q,
-        k,
-        v,
-        call.key_taps(sizes),
-        call.packed_table(patch),
-        grad_out,
-        lse,
-        delta,
-        grad_k,
-        grad_v,
-        grad_pos,
-        grad_table,
-        unit,
-        *call.input_strides(),
-        *grad_out.stride(),
-        **call.arguments(patch),
-        num_splits=splits,
-        slope_y=-call.axis_y.half * call.scale,
-        slope_x=-call.axis_x.half * call.scale,
-        num_copies=1 if grad_table is None else grad_table.shape[0],
-        BN=sizes.keys,
-        NW=min(sizes.warps, sizes.keys),
-        Q_VEC=vector(q, grad_out),
-        RW=rows_reached,
-        FIXED=unit is not None,
-        KEY_GRAD=key_grad,
-        BIAS_GRAD=bias_grad,
-        num_warps=sizes.warps,
-        num_stages=sizes.stages,
-    )
-    return grad_k, grad_v, grad_pos, grad_table, unit
+def _sum_splits(partial: Tensor, like: Tensor) -> Tensor:
+    if partial.ndim == like.ndim:
+        return partial
+    return partial.sum(0).to(like.dtype)
 
 
 def _finish_bias(
     call: DeformAttnCall,
+    q: Tensor,
+    rpb_table: Tensor | None,
     grad_pos: Tensor | None,
     grad_table: Tensor | None,
     unit: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Sums the partial gradients of pos over heads and of the table over copies."""
-    if grad_pos is None:
-        return call.q.new_empty(0), call.q.new_empty(0)
-    by_group = grad_pos.sum(0).unflatten(1, (call.groups, -1)).sum(2)
+    if rpb_table is None:
+        return q.new_empty(0), q.new_empty(0)
+    by_group = grad_pos.unflatten(2, (call.groups, -1)).sum((0, 3))
     table_h, table_w = call.table_size
     grad_table = grad_table[:, :, 1 : 1 + table_h, 1 : 1 + table_w].sum(0)
     if unit is not None:
         grad_table = grad_table.double() / unit.double()
-    return by_group, grad_table.to(call.rpb_table.dtype)
+    return by_group, grad_table.to(rpb_table.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..common import triton_host
 from ..common.block_sizes import BlockSizes, dot_part, pad_head_dim
 from ..common.constants import LOG2E
-from ..common.triton_host import split_scale, vector
+from ..common.triton_host import layout, split_scale, vector
 from .block_sizes import block_sizes
 from .patches import NeighborhoodTile, choose_tile
 from .triton_table import neighborhood_table
@@ -94,7 +94,7 @@ class NeighborhoodCall:
             HAS_BIAS=self.rpb is not None,
             DROPOUT=self.dropout_p > 0,
             SCALE_Q=self.q_factor != 1.0,
-            KV_VEC=vector(self.k, self.v),
+            KV_VEC=vector(layout(self.k), layout(self.v)),
             # The default up to Triton 3.9 only.
             enable_fp_fusion=True,
         )

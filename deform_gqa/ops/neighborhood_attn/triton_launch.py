@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.layout import empty_tokens_like
-from ..common.triton_host import on_device_of_first_tensor, vector
+from ..common.triton_host import layout, on_device_of_first_tensor, vector
 from .block_sizes import fuses_bias_gradient
 from .triton_bwd_kv import neighborhood_dkdv_kernel
 from .triton_bwd_q import neighborhood_dq_kernel
@@ -56,7 +56,7 @@ def neighborhood_attn_forward(
             *out.stride()[:3],
             **call.arguments(tile),
             **dims,
-            Q_VEC=vector(q),
+            Q_VEC=vector(layout(q)),
             num_warps=sizes.warps,
             num_stages=sizes.stages,
         )
@@ -139,7 +139,7 @@ def _backward_q(
             *grad_q.stride()[:3],
             **call.arguments(tile),
             **launch,
-            Q_VEC=vector(q, grad_out, out),
+            Q_VEC=vector(layout(q), layout(grad_out), layout(out)),
             NB=max(16, 1 << (side - 1).bit_length()),
             num_warps=sizes.warps,
             num_stages=sizes.stages,
@@ -174,7 +174,7 @@ def _backward_kv(
             *grad_out.stride(),
             **call.arguments(tile),
             **dims,
-            Q_VEC=vector(q, grad_out),
+            Q_VEC=vector(layout(q), layout(grad_out)),
             num_splits=splits,
             num_warps=sizes.warps,
             num_stages=sizes.stages,

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip('triton')
 
 from deform_gqa.ops.common.backends import OPS, implementation
-from deform_gqa.ops.common.triton_host import vector
+from deform_gqa.ops.common.triton_host import layout, vector
 
 
 @pytest.mark.parametrize('direction', ['forward', 'backward'])
@@ -39,11 +39,14 @@ def test_launches_are_on_the_device_of_the_tensors(op, direction):
     ],
 )
 def test_vector(shape, dtype, expected):
-    x = torch.empty(shape, dtype=dtype)
+    x = layout(torch.empty(shape, dtype=dtype))
     assert vector(x) == vector(x, x) == expected
 
 
 def test_no_vectors_along_other_dimensions():
     x = torch.empty(1, 2, 32, 40, dtype=torch.float16)
-    assert vector(x.transpose(2, 3)) == vector(x, x.transpose(2, 3)) == 1
-    assert vector(x[..., :24]) == vector(x[:, :1].expand(-1, 2, -1, -1)) == 8
+    transposed, cut, expanded = map(
+        layout, (x.transpose(2, 3), x[..., :24], x[:, :1].expand(-1, 2, -1, -1))
+    )
+    assert vector(transposed) == vector(layout(x), transposed) == 1
+    assert vector(cut) == vector(expanded) == 8

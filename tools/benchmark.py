@@ -21,19 +21,19 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from deform_gqa.benchmark.errors import GateError, OptionError
+from deform_gqa.benchmark.core.errors import GateError, OptionError
 
 # Modules with DESCRIPTION, add_arguments(parser) and run(args, command); each is
 # imported only when it is named, so that a suite needs its own packages alone.
 SUITES = {
-    'op': 'deform_gqa.benchmark.op_suite',
-    'layer': 'deform_gqa.benchmark.layer_suite',
-    'backbone': 'deform_gqa.benchmark.backbone_suite',
-    'detector': 'deform_gqa.benchmark.detector_suite',
-    'gqa-sweep': 'deform_gqa.benchmark.gqa_sweep_suite',
-    'dataloader': 'deform_gqa.benchmark.dataloader_suite',
-    'compare': 'deform_gqa.benchmark.compare_suite',
-    'hook-overhead': 'deform_gqa.benchmark.hook_suite',
+    'op': 'deform_gqa.benchmark.ops.suite',
+    'layer': 'deform_gqa.benchmark.models.layer',
+    'backbone': 'deform_gqa.benchmark.models.backbone',
+    'detector': 'deform_gqa.benchmark.models.detector',
+    'gqa-sweep': 'deform_gqa.benchmark.gqa_sweep',
+    'dataloader': 'deform_gqa.benchmark.data.dataloader',
+    'compare': 'deform_gqa.benchmark.compare.suite',
+    'hook-overhead': 'deform_gqa.benchmark.models.hook_overhead',
 }
 EXIT_WRONG_RESULTS = 1
 EXIT_BAD_OPTION = 2

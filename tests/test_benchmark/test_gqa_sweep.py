@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from deform_gqa.benchmark.report import Report
-from deform_gqa.benchmark.sweep_report import sweep_figure
+from deform_gqa.benchmark.core.kv_curves import kv_figure
+from deform_gqa.benchmark.core.report import Report
 
 TINY = ['--device', 'cpu', '--repeats', '2', '--min-time-s', '0.01', '--quick']
 DETECTOR = 'configs/quickstart/retinanet_dat-gqa-mini_fpn_shapes.py'
@@ -144,7 +144,7 @@ def test_picture_texts(benchmark_tool, tmp_path):
     pytest.importorskip('matplotlib')
     argv = ['deform_attn', '--sizes', '64x64', '--backends', 'naive', 'torch']
     report = run(benchmark_tool, tmp_path, *argv, '--threads', '1')
-    figure = sweep_figure(report)
+    figure = kv_figure(report)
     device = report.environment['device']
     assert figure.get_suptitle() == (
         'deform_attn, stage 3 of DAT-T++, 64x64 px, batch 1, 8 query heads of 32\n'
@@ -165,7 +165,7 @@ def test_picture_texts(benchmark_tool, tmp_path):
 def test_ops_need_no_mm_package():
     code = (
         'import argparse, sys\n'
-        'from deform_gqa.benchmark import gqa_sweep_suite as suite\n'
+        'from deform_gqa.benchmark import gqa_sweep as suite\n'
         'parser = argparse.ArgumentParser()\n'
         'suite.add_arguments(parser)\n'
         "args = parser.parse_args('deform_attn --quick --sizes 32x32 --repeats 1 '\n"

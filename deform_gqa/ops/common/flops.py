@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-# Products of D multiply-adds for each (query, key, head) pair: q k^T and P v; their four
-# gradients. What backward recomputes is a choice of the implementation and left out.
+# Products of D multiply-adds for each (query, key, head) pair: q k^T and P v, and then
+# their gradients. What backward recomputes is a choice of the implementation.
 _FORWARD_PRODUCTS = 2
 _BACKWARD_PRODUCTS = 4
 

@@ -1,0 +1,227 @@
+"""The run loop of all suites: build, check, warm up, sample; a row for each call."""
+
+import contextlib
+import dataclasses
+import gc
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from deform_gqa.profiling.memory import PeakMemory, quick_collections
+from deform_gqa.profiling.timing import Timing
+
+from .cases import Case, NotRun, Workload
+from .errors import one_line
+from .flops import count_flops
+from .options import MeasureOptions
+from .progress import progress
+from .report import Row
+from .sampling import Timer
+
+LATE = 'the time limit was reached'
+
+
+@dataclasses.dataclass
+class Task:
+    """One call that is warm, and the row that it will fill."""
+
+    case: Case
+    workload: Workload
+    row: Row
+
+    @property
+    def call(self) -> Callable[[], Any]:
+        return self.workload.calls[self.row.direction]
+
+
+# From warm tasks and a number of samples to their rows.
+Sampler = Callable[[Timer, Sequence[Task], int], list[Row]]
+
+
+def sample_in_turns(timer: Timer, tasks: Sequence[Task], count: int) -> list[Row]:
+    """Time and peak memory; tasks together take turns, one sample of each a round.
+
+    So a drift of the machine does not look like a trend over the cases.
+    """
+    rounds, size = (1, count) if len(tasks) == 1 else (count, 1)
+    samples: list[list[float]] = [[] for _ in tasks]
+    peaks = [PeakMemory(timer.device) for _ in tasks]
+    for turn in range(rounds):
+        for task, taken, peak in zip(tasks, samples, peaks, strict=True):
+            with peak if turn == 0 else contextlib.nullcontext():
+                taken += timer.sample(task.call, size)
+    rows = []
+    for task, taken, peak in zip(tasks, samples, peaks, strict=True):
+        mib = peak.extra_mib
+        if mib is not None:
+            mib += task.workload.resident_mib
+        timing = Timing(tuple(taken))
+        rows.append(dataclasses.replace(task.row, timing=timing, peak_memory_mib=mib))
+    return rows
+
+
+@quick_collections()
+def measure(
+    groups: Sequence[Sequence[Case]],
+    options: MeasureOptions,
+    sampler: Sampler | None = sample_in_turns,
+    counts_flops: bool = True,
+) -> list[Row]:
+    """Rows of every case, backend and direction.
+
+    Args:
+        groups: Cases that are built together and sampled in turns; most groups are
+            one case.
+        options: Backends, directions, sampling, time limit.
+        sampler: Makes the rows of tasks that are warm; None to check them only.
+        counts_flops: Count FLOPs and images where a case does not say its work.
+
+    Raises:
+        GateError: If a backend computes something wrong.
+    """
+    steps = len(groups) * len(options.backends) * len(options.directions)
+    with progress(steps) as step:
+        loop = _Loop(options, sampler, counts_flops, step)
+        for group in groups:
+            loop.run(group)
+    return loop.rows
+
+
+class _Loop:
+    def __init__(
+        self,
+        options: MeasureOptions,
+        sampler: Sampler | None,
+        counts_flops: bool,
+        step: Callable[[str], None],
+    ):
+        self.options = options
+        self.sampler = sampler
+        self.counts_flops = counts_flops
+        self.step = step
+        self.timer = Timer(options.device, options.sampling)
+        self.deadline = options.deadline()
+        self.flops: dict[tuple[str, str], int] = {}
+        self.rows: list[Row] = []
+
+    def run(self, group: Sequence[Case]) -> None:
+        """One group with one backend after the other."""
+        seen: set[tuple[str, str]] = set()
+        for backend in self.options.backends:
+            gc.collect()
+            built = []
+            for case in group:
+                workload = self._build(case, backend)
+                # A model without our ops is the same with every backend.
+                if workload and (case.name, workload.backend) not in seen:
+                    seen.add((case.name, workload.backend))
+                    built.append((case, workload))
+            for direction in self.options.directions:
+                self.step(f'{group[0].name} {backend} {direction}')
+                tasks = [
+                    task
+                    for case, workload in built
+                    if (task := self._task(case, workload, direction))
+                ]
+                self._sample(tasks)
+
+    def _build(self, case: Case, backend: str) -> Workload | None:
+        """None, with rows that say why, if it cannot run."""
+        torch.manual_seed(0)  # the same weights for every backend
+        workload: Workload | None = None
+        with expected_failure(self.options.amp_dtype) as failure:
+            try:
+                workload = case.build(backend)
+            except NotRun as reason:
+                self._miss(case, backend, reason.status, str(reason))
+                return None
+        if workload is not None:
+            if 'params' in case.fields:
+                case.fields['params'] = workload.params
+            if workload.check is not None and not self.deadline.is_past():
+                with self._expected_failure(workload) as failure:
+                    workload.check()
+        if failure:
+            self._miss(case, backend, 'failed', failure[0])
+            return None
+        return workload
+
+    def _miss(self, case: Case, backend: str, status, reason: str) -> None:
+        for direction in self.options.directions:
+            row = self._row(case, backend, direction)
+            self.rows.append(dataclasses.replace(row, status=status, reason=reason))
+
+    def _row(self, case: Case, backend: str, direction: str) -> Row:
+        return Row(case.name, backend, direction, **case.row_fields(direction))
+
+    def _task(self, case: Case, workload: Workload, direction: str) -> Task | None:
+        """The task, counted and called once; None, with a row, if it cannot run."""
+        row = self._row(case, workload.backend, direction)
+        if self.deadline.is_past():
+            self.rows.append(dataclasses.replace(row, status='skipped', reason=LATE))
+            return None
+        task = Task(case, workload, row)
+        if self.sampler is None or row.work or not self.counts_flops:
+            return task
+        with self._expected_failure(workload) as failure:
+            key = (case.name, direction)
+            if key not in self.flops:
+                self.flops[key] = count_flops(task.call)
+        if failure:
+            self._fail(row, failure[0])
+            return None
+        work = {'flops': self.flops[key], 'images': case.images}
+        task.row = dataclasses.replace(row, work=work)
+        return task
+
+    def _fail(self, row: Row, reason: str) -> None:
+        self.rows.append(dataclasses.replace(row, status='failed', reason=reason))
+
+    def _sample(self, tasks: Sequence[Task]) -> None:
+        if self.sampler is None:
+            self.rows += [task.row for task in tasks]
+            return
+        warm, counts = [], []
+        for task in tasks:
+            with self._expected_failure(task.workload) as failure:
+                counts.append(self.timer.warm_up(task.call))
+                warm.append(task)
+            if failure:
+                self._fail(task.row, failure[0])
+        if warm:
+            self.rows += self.sampler(self.timer, warm, statistics.median_high(counts))
+
+    def _expected_failure(self, workload: Workload):
+        return expected_failure(self.options.amp_dtype, workload.is_foreign)
+
+
+@contextlib.contextmanager
+def expected_failure(
+    amp: torch.dtype | None, is_foreign: bool = False
+) -> Iterator[list[str]]:
+    """Yields a list that holds the reason afterwards, if there is one.
+
+    Memory may run out; with mixed precision a kernel of someone else's may be missing;
+    and a baseline may fail as it likes. Any other error is a defect and ends the run.
+    """
+    failure: list[str] = []
+    try:
+        yield failure
+    except torch.OutOfMemoryError as error:
+        failure.append(one_line(error))
+    except RuntimeError as error:
+        # The CPU's allocator has no class of its own.
+        out_of_memory = 'DefaultCPUAllocator' in str(error)
+        if not (is_foreign or out_of_memory or _is_missing(error, amp)):
+            raise
+        failure.append(one_line(error))
+
+
+def _is_missing(error: RuntimeError, amp: torch.dtype | None) -> bool:
+    texts = ('not implemented for', 'same dtype', 'expected scalar type')
+    return amp is not None and (
+        isinstance(error, NotImplementedError)
+        or any(text in str(error) for text in texts)
+    )

@@ -1,0 +1,10 @@
+"""The ops that are measured: one module and one entry each."""
+
+from .case import OpCase
+from .deform_attn import DeformAttnCase
+from .deform_sdpa import DeformSdpaCase
+from .neighborhood_attn import NeighborhoodAttnCase
+
+OP_CASES: dict[str, type[OpCase]] = {
+    case.op: case for case in (DeformAttnCase, NeighborhoodAttnCase, DeformSdpaCase)
+}

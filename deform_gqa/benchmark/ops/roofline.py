@@ -1,0 +1,145 @@
+"""The least work of a case, and the least time that it takes on known GPUs.
+
+Work that no implementation can leave out: an exponential for each (query, key, head)
+pair, the products of attention, every argument and result moved once. Backward
+recomputes the weights instead of storing them. The bias costs more than nothing; it
+is left out, as it depends on the method.
+
+deform_sdpa interpolates besides: four corners a sample, of a key and of a value. The
+corners that it gathers are counted, but give no limit: they come from caches, and on
+small maps the products of whole maps do without them.
+"""
+
+import dataclasses
+
+import torch
+
+from ..core.cases import FORWARD
+from .case import OpCase
+from .workload import DIRECTIONS
+
+# Products of D multiply-adds a pair: q k^T and P v; then once more q k^T, and
+# dO v^T, P^T dO, dS k, dS^T q.
+_FORWARD_PRODUCTS = 2
+_BACKWARD_PRODUCTS = 5
+# Vectors of a sample: the corners of a key and of a value.
+_CORNERS = 4 * 2
+# Passes over the corners: gathered; then gathered again, and their gradients scattered.
+_FORWARD_PASSES = 1
+_BACKWARD_PASSES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Counts of one call.
+
+    Attributes:
+        flops: Of the products of attention, and of the interpolation.
+        bytes: Arguments and results, moved once.
+        samples: Sampled keys; as many values.
+        gathered_bytes: Corners read, and scattered to by the backward pass (in
+            float32), if every sample is interpolated from vectors.
+    """
+
+    pairs: int
+    exps: int
+    flops: int
+    bytes: int
+    samples: int = 0
+    gathered_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """What a device does at best, a second."""
+
+    exps: float
+    half_flops: float
+    single_flops: float
+    bytes: float
+
+    def flops(self, dtype: torch.dtype) -> float:
+        return self.single_flops if dtype == torch.float32 else self.half_flops
+
+
+# Published figures of the SXM modules at boost clock. Exponentials: 16 a clock and
+# multiprocessor. Single precision: three TF32 products make one of full precision.
+_H100 = Peaks(exps=3.86e12, half_flops=989e12, single_flops=165e12, bytes=3.35e12)
+PEAKS = {
+    'NVIDIA H100 80GB HBM3': _H100,
+    'NVIDIA H200': dataclasses.replace(_H100, bytes=4.8e12),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Least times of one call by limit, in microseconds."""
+
+    exp_us: float
+    tensor_us: float
+    memory_us: float
+
+    def by_limit(self) -> dict[str, float]:
+        return {
+            'exp': self.exp_us,
+            'tensor': self.tensor_us,
+            'memory': self.memory_us,
+        }
+
+    @property
+    def us(self) -> float:
+        return max(self.by_limit().values())
+
+    @property
+    def limit(self) -> str:
+        times = self.by_limit()
+        return max(times, key=times.__getitem__)
+
+
+def _bytes(case: OpCase, dtype: torch.dtype, direction: str) -> int:
+    sizes = {
+        name: torch.Size(shape).numel() * tensor_dtype.itemsize
+        for name, (shape, tensor_dtype) in case.input_specs(dtype).items()
+    }
+    inputs, out = sum(sizes.values()), sizes['q']
+    if direction == FORWARD:
+        return inputs + out
+    log_sum_exp = case.batch * case.num_heads * case.num_queries * 4
+    # Forward, then backward reads the inputs, out, its gradient and the sums again,
+    # and writes the gradients of the inputs.
+    return (inputs + out + log_sum_exp) + (2 * inputs + 2 * out + log_sum_exp)
+
+
+def count_work(case: OpCase, dtype: torch.dtype, direction: str) -> Work:
+    """Counts of a call.
+
+    Raises:
+        ValueError: If ``direction`` is not one of DIRECTIONS.
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f'direction must be one of {DIRECTIONS}, got {direction!r}')
+    products, exps, passes = _FORWARD_PRODUCTS, case.pairs, _FORWARD_PASSES
+    corner_values = _CORNERS * case.head_dim * case.samples
+    gathered = corner_values * dtype.itemsize
+    if direction != FORWARD:
+        products += _BACKWARD_PRODUCTS
+        exps *= 2
+        passes += _BACKWARD_PASSES
+        gathered = 2 * gathered + 4 * corner_values
+    return Work(
+        pairs=case.pairs,
+        exps=exps,
+        flops=2 * products * case.head_dim * case.pairs + 2 * passes * corner_values,
+        bytes=_bytes(case, dtype, direction),
+        samples=case.samples,
+        gathered_bytes=gathered,
+    )
+
+
+def roofline(work: Work, dtype: torch.dtype, peaks: Peaks) -> Roofline:
+    """Least times of ``work`` on a device."""
+    return Roofline(
+        exp_us=work.exps / peaks.exps * 1e6,
+        tensor_us=work.flops / peaks.flops(dtype) * 1e6,
+        memory_us=work.bytes / peaks.bytes * 1e6,
+    )

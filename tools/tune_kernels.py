@@ -32,7 +32,7 @@ from deform_gqa.ops.common.block_sizes import (
     pad_head_dim,
     tabled_sizes,
 )
-from deform_gqa.ops.common.triton_host import architecture
+from deform_gqa.ops.common.triton_host import architecture, launches_anew
 from deform_gqa.ops.deform_attn.block_sizes import fuses_bias_gradient
 from deform_gqa.ops.deform_attn.triton_launch import (
     deform_attn_backward,
@@ -119,7 +119,7 @@ def time_ms(call, op: str, sizes: BlockSizes) -> float:
     def choose(table, kernel, *args):
         return sizes if kernel == op else tabled_sizes(table, kernel, *args)
 
-    with mock.patch.object(block_sizes, 'tabled_sizes', choose):
+    with mock.patch.object(block_sizes, 'tabled_sizes', choose), launches_anew():
         try:
             return triton.testing.do_bench(call, return_mode='median')
         except OutOfResources:

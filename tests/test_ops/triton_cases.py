@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deform_gqa.ops.common import block_sizes
 from deform_gqa.ops.common.block_sizes import BlockSizes
+from deform_gqa.ops.common.triton_host import launches_anew
 
 # Small tiles, so that small inputs have several of them, and the usual ones.
 SIZES = [
@@ -42,7 +43,10 @@ def poisoned_memory():
 
 @contextlib.contextmanager
 def tile_sizes(sizes: BlockSizes):
-    with mock.patch.object(block_sizes, 'tabled_sizes', lambda *args: sizes):
+    with (
+        mock.patch.object(block_sizes, 'tabled_sizes', lambda *args: sizes),
+        launches_anew(),
+    ):
         yield
 
 

@@ -1,5 +1,6 @@
 """Host side that the launches of all kernels share."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -44,10 +45,16 @@ def cached_call(function):
     return cached
 
 
-def forget_calls() -> None:
-    """For those who change block sizes: launches of earlier calls are found anew."""
+@contextlib.contextmanager
+def launches_anew():
+    """For those who change block sizes: calls inside share no launches with others."""
     for cached in _cached_calls:
         cached.cache_clear()
+    try:
+        yield
+    finally:
+        for cached in _cached_calls:
+            cached.cache_clear()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,21 +30,7 @@ from .patches import (
     flat_patch,
     window_of,
 )
-from .triton_key_taps import key_taps
-from .triton_pack_table import pack_table, row_pitch
-
-
-@dataclasses.dataclass(frozen=True)
-class BiasLayouts:
-    """How the key taps and the packed table of a call lie in memory.
-
-    Attributes:
-        tiles: Key taps are made for tiles of each of these numbers of keys.
-        window: Rows of the packed table have room for windows of up to this width.
-    """
-
-    tiles: tuple[int, ...]
-    window: int
+from .triton_bias_inputs import BiasInputs
 
 
 @dataclasses.dataclass(eq=False)
@@ -119,22 +105,25 @@ class DeformAttnCall:
             return flat_patch(sizes.queries, height)
         return choose_patch(sizes.queries, height, width, self.axis_x.step)
 
-    def bias_tensors(
-        self, layouts: BiasLayouts, pos: Tensor | None, rpb_table: Tensor | None
-    ) -> tuple[dict[int, Tensor], Tensor | None]:
-        """Key taps by the keys of a tile, and the packed table.
+    def bias_inputs(
+        self, sizes: Iterable[BlockSizes], patches: Iterable[Patch]
+    ) -> BiasInputs | None:
+        """For kernels of these sizes and patches; None without a bias.
 
         The table is in float16 beside 16-bit q: its 11 bits lose less than a bfloat16
         bias.
         """
         if not self.has_bias:
-            return dict.fromkeys(layouts.tiles), None
-        taps = {
-            tile: key_taps(pos, self.axis_y, self.axis_x, tile)
-            for tile in layouts.tiles
-        }
-        dtype = torch.float32 if self.q.dtype == torch.float32 else torch.float16
-        return taps, pack_table(rpb_table, layouts.window, 1 / self.scale, dtype)
+            return None
+        return BiasInputs(
+            pos=self.pos,
+            rpb_table=self.rpb_table,
+            axes=(self.axis_y, self.axis_x),
+            tiles=tuple(dict.fromkeys(s.keys for s in sizes)),
+            window=max(patch.window for patch in patches),
+            factor=1 / self.scale,
+            dtype=torch.float32 if self.q.dtype == torch.float32 else torch.float16,
+        )
 
     def num_patches(self, patch: Patch, heads: int = 1) -> int:
         """Patches of the rows of so many stacked heads."""
@@ -149,12 +138,10 @@ class DeformAttnCall:
     def input_strides(self) -> tuple[int, ...]:
         return *self.q.strides, *self.k.strides, *self.v.strides
 
-    def arguments(self, patch: Patch, sizes: BlockSizes, window: int) -> dict:
-        """Arguments by name that the forward and backward kernels have in common.
-
-        Args:
-            window: Of the :class:`BiasLayouts` that the kernel reads.
-        """
+    def arguments(
+        self, patch: Patch, sizes: BlockSizes, bias: BiasInputs | None
+    ) -> dict:
+        """Arguments by name that the forward and backward kernels have in common."""
         height, width = self.map_size
         table_h, table_w = self.table_size
         return dict(
@@ -167,7 +154,7 @@ class DeformAttnCall:
             width=width,
             table_h=table_h,
             table_w=table_w,
-            row_pitch=row_pitch(table_w, window),
+            row_pitch=bias.packed_shape[3] if bias else 0,
             step_y=self.axis_y.step,
             step_x=self.axis_x.step,
             q_factor=self.q_factor,

@@ -3,17 +3,12 @@
     taps[b, g, tile, 0 or 1, i] = base + (1 - pos) * half      (y, then x)
 
 is the table coordinate t of the query in row and column 0; a query adds its index
-times the step. Done once a call, as a tile of a kernel reads each value many times.
+times the step. Written once a call, by ``triton_bias_inputs.py``, as the tiles of a
+kernel read each value many times.
 """
 
-import math
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from .patches import TableAxis
 
 
 @triton.jit
@@ -28,47 +23,23 @@ def key_order(BN: tl.constexpr, NW: tl.constexpr):
 
 
 @triton.jit
-def key_taps_kernel(
-    p_pos, p_taps, stride_b, stride_g, stride_s, stride_c, groups, num_keys,
-    half_y, half_x, base_y, base_x, BN: tl.constexpr,
+def write_key_taps(
+    p_taps, i_bg, o_s, m_s, t_y, t_x, num_keys, BN: tl.constexpr
 ):  # fmt: skip
-    # All in x: the other dimensions of a grid end at 65535.
+    """Taps of keys o_s of one group, where tiles of ``BN`` keys look for them.
+
+    Keys behind the last one of the last tile, and those at NaN, are too far out to
+    touch the table.
+    """
     num_tiles = tl.cdiv(num_keys, BN)
-    i_tile, i_bg = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
-    i_b, i_g = (i_bg // groups).to(tl.int64), (i_bg % groups).to(tl.int64)
-    o_s = i_tile * BN + tl.arange(0, BN)
-    m_s = o_s < num_keys
-    p_pos += i_b * stride_b + i_g * stride_g + o_s.to(tl.int64) * stride_s
-    # (BN,)
-    b_y = tl.load(p_pos, mask=m_s, other=1.0)
-    b_x = tl.load(p_pos + stride_c, mask=m_s, other=1.0)
-    p_taps += tl.program_id(0).to(tl.int64) * (2 * BN)
-    p_taps += tl.arange(0, BN)
-    t_y = base_y + (1.0 - b_y) * half_y
-    t_x = base_x + (1.0 - b_x) * half_x
-    # Keys behind the last one, and those at NaN, are too far out to touch the table.
+    p = p_taps + i_bg * num_tiles * (2 * BN) + o_s // BN * (2 * BN) + o_s % BN
     is_key = m_s & (t_y == t_y) & (t_x == t_x)
-    tl.store(p_taps, tl.where(is_key, t_y, -1.0))
-    tl.store(p_taps + BN, tl.where(is_key, t_x, -1e30))
+    in_tile = o_s < num_tiles * BN
+    tl.store(p, tl.where(is_key, t_y, -1.0), mask=in_tile)
+    tl.store(p + BN, tl.where(is_key, t_x, -1e30), mask=in_tile)
 
 
-def key_taps(pos: Tensor, y: TableAxis, x: TableAxis, tile: int) -> Tensor:
+def taps_shape(pos: tuple[int, ...], tile: int) -> tuple[int, ...]:
     """(B, G, S, 2) -> (B, G, ceil(S / tile), 2, tile)."""
-    batch, groups, keys, _ = pos.shape
-    tiles = math.ceil(keys / tile)
-    taps = pos.new_empty((batch, groups, tiles, 2, tile), dtype=torch.float32)
-    key_taps_kernel[(tiles * batch * groups,)](
-        pos,
-        taps,
-        *pos.stride(),
-        groups,
-        keys,
-        y.half,
-        x.half,
-        y.base,
-        x.base,
-        BN=tile,
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
-    return taps
+    batch, groups, keys, _ = pos
+    return batch, groups, -(-keys // tile), 2, tile

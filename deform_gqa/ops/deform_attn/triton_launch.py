@@ -32,9 +32,10 @@ from .patches import (
     flat_patch,
     rows_window,
 )
+from .triton_bias_inputs import BiasInputs
 from .triton_bwd_kv import deform_attn_dkdv_kernel
 from .triton_bwd_q import deform_attn_dq_kernel
-from .triton_call import BiasLayouts, DeformAttnCall, deform_attn_call
+from .triton_call import DeformAttnCall, deform_attn_call
 from .triton_fwd import deform_attn_fwd_kernel
 
 # Programs that the key-parallel kernel aims at, by splitting the queries: some four
@@ -81,7 +82,7 @@ class _KeyLaunch(_QueryLaunch):
 
 @dataclasses.dataclass(frozen=True)
 class _BackwardLaunches:
-    bias: BiasLayouts
+    bias: BiasInputs | None
     for_queries: _QueryLaunch
     for_keys: tuple[_KeyLaunch, ...]
 
@@ -109,13 +110,13 @@ def deform_attn_forward(
         q, k, v, pos, rpb_table, grid_size, scale, dropout_p, pos_in_range
     )
     bias, forward = call.cached(_forward_launch)
-    taps, table = call.bias_tensors(bias, pos, rpb_table)
+    taps, table = _make_bias_inputs(bias, pos, rpb_table)
     forward.launch(
         deform_attn_fwd_kernel,
         q,
         k,
         v,
-        taps[forward.tile],
+        taps.get(forward.tile),
         table,
         out,
         lse,
@@ -124,15 +125,21 @@ def deform_attn_forward(
     return out, lse
 
 
-def _forward_launch(call: DeformAttnCall) -> tuple[BiasLayouts, _QueryLaunch]:
+def _make_bias_inputs(
+    bias: BiasInputs | None, pos: Tensor | None, rpb_table: Tensor | None
+) -> tuple[dict[int, Tensor], Tensor | None]:
+    return ({}, None) if bias is None else bias.make(pos, rpb_table)
+
+
+def _forward_launch(call: DeformAttnCall) -> tuple[BiasInputs | None, _QueryLaunch]:
     sizes = call.sizes('deform_attn_fwd')
     patch = call.patch(sizes)
-    bias = BiasLayouts((sizes.keys,), patch.window)
+    bias = call.bias_inputs([sizes], [patch])
     options = dict(HS=call.heads_sharing, Q_VEC=vector(call.q))
     launch = Launch(
         call.grid(patch),
         (*call.input_strides(), *_token_strides(call)),
-        {**call.arguments(patch, sizes, bias.window), **options},
+        {**call.arguments(patch, sizes, bias), **options},
     )
     return bias, _QueryLaunch(launch, sizes.keys)
 
@@ -171,7 +178,7 @@ def deform_attn_backward(
         q, k, v, pos, rpb_table, grid_size, scale, dropout_p, pos_in_range
     )
     launches = call.cached(_backward_launches, layout(grad_out), layout(out))
-    taps, table = call.bias_tensors(launches.bias, pos, rpb_table)
+    taps, table = _make_bias_inputs(launches.bias, pos, rpb_table)
     grad_q = empty_tokens_like(q)
     delta = torch.empty_like(lse)
     for_q = launches.for_queries
@@ -180,7 +187,7 @@ def deform_attn_backward(
         q,
         k,
         v,
-        taps[for_q.tile],
+        taps.get(for_q.tile),
         table,
         out,
         grad_out,
@@ -205,7 +212,7 @@ def deform_attn_backward(
             q,
             k,
             v,
-            taps[for_k.tile],
+            taps.get(for_k.tile),
             table,
             grad_out,
             lse,
@@ -241,16 +248,15 @@ def _backward_launches(
         _key_patch(call, sizes.queries, bias_grad)
         for sizes, (_, bias_grad) in zip(key_sizes, ops.values(), strict=True)
     ]
-    bias = BiasLayouts(
-        tuple({sizes.keys: None for sizes in [query_sizes, *key_sizes]}),
-        max(patch.window for patch in [query_patch, *(p for p, _ in key_patches)]),
+    bias = call.bias_inputs(
+        [query_sizes, *key_sizes], [query_patch, *(patch for patch, _ in key_patches)]
     )
     options = dict(HS=call.heads_sharing, Q_VEC=vector(call.q, grad_out, out))
     strides = *grad_out.strides, *out.strides, *_token_strides(call)
     for_queries = Launch(
         call.grid(query_patch),
         (*call.input_strides(), *strides),
-        {**call.arguments(query_patch, query_sizes, bias.window), **options},
+        {**call.arguments(query_patch, query_sizes, bias), **options},
     )
     for_keys = [
         _key_launch(call, grad_out, bias, sizes, *patch, *grads)
@@ -272,7 +278,7 @@ def _token_strides(call: DeformAttnCall) -> tuple[int, int, int]:
 def _key_launch(
     call: DeformAttnCall,
     grad_out: Layout,
-    bias: BiasLayouts,
+    bias: BiasInputs | None,
     sizes: BlockSizes,
     patch: Patch,
     rows_reached: int,
@@ -296,7 +302,7 @@ def _key_launch(
     launch = Launch(
         (tiles * splits,),
         (*call.input_strides(), *grad_out.strides),
-        {**call.arguments(patch, sizes, bias.window), **options},
+        {**call.arguments(patch, sizes, bias), **options},
     )
     pos_shape = splits, call.batch, call.heads, call.keys, 2
     return _KeyLaunch(

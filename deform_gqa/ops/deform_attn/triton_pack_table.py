@@ -10,17 +10,13 @@ whatever x. Padded row 0 and column 0 stand for -1; the padding holds all rows a
 columns that a tile may read, so that kernels check no bounds.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # Copies of the table, entries of a block, and rows that the padding adds.
 PHASES = tl.constexpr(4)
 ENTRIES = tl.constexpr(8)
 PADDING_ROWS = tl.constexpr(3)
-# Entries beyond this times the logits' scale would overflow float16 operands.
-FLOAT16_LIMIT = 60000.0
 
 
 @triton.jit
@@ -30,24 +26,15 @@ def table_of_head(p_table, i_h, table_h, row_pitch):
 
 
 @triton.jit
-def pack_table_kernel(
-    p_table,
-    p_packed,
-    stride_h,
-    stride_y,
-    stride_x,
-    table_h,
-    table_w,
-    num_blocks,
-    factor,
-    limit,
-    BLOCK: tl.constexpr,
-):
+def pack_entries(
+    i, p_table, p_packed, stride_h, stride_y, stride_x, table_h, table_w, num_blocks,
+    factor, limit, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The i-th ``BLOCK`` entries; those of a head begin a block."""
     per_head = PHASES * ENTRIES * (table_h + PADDING_ROWS) * num_blocks
-    # All in x: the other dimensions of a grid end at 65535.
     num_programs = tl.cdiv(per_head, BLOCK)
-    i_h = (tl.program_id(0) // num_programs).to(tl.int64)
-    o = tl.program_id(0) % num_programs * BLOCK + tl.arange(0, BLOCK)
+    i_h = (i // num_programs).to(tl.int64)
+    o = i % num_programs * BLOCK + tl.arange(0, BLOCK)
     block = o // 8
     phase = block // ((table_h + PADDING_ROWS) * num_blocks)
     y = (block // num_blocks) % (table_h + PADDING_ROWS) + (o // 4) % 2 - 1
@@ -70,26 +57,8 @@ def row_pitch(table_w: int, window: int) -> int:
     return (table_w + 2 + window + 3) // 4 + 1
 
 
-def pack_table(rpb_table: Tensor, window: int, factor: float, dtype) -> Tensor:
-    """(Hq, Th, Tw) -> (Hq, 4, Th + 3, blocks, 2, 4), times ``factor``, in ``dtype``."""
-    heads, table_h, table_w = rpb_table.shape
-    blocks = row_pitch(table_w, window)
-    packed = torch.empty(
-        (heads, 4, table_h + PADDING_ROWS.value, blocks, 2, 4),
-        dtype=dtype,
-        device=rpb_table.device,
-    )
-    block = 1024
-    pack_table_kernel[(triton.cdiv(packed[0].numel(), block) * heads,)](
-        rpb_table,
-        packed,
-        *rpb_table.stride(),
-        table_h,
-        table_w,
-        blocks,
-        factor,
-        FLOAT16_LIMIT if dtype == torch.float16 else float('inf'),
-        BLOCK=block,
-        enable_fp_fusion=True,
-    )
-    return packed
+def packed_shape(table: tuple[int, ...], window: int) -> tuple[int, ...]:
+    """(Hq, Th, Tw) -> (Hq, 4, Th + 3, blocks, 2, 4)."""
+    heads, table_h, table_w = table
+    rows = table_h + PADDING_ROWS.value
+    return heads, PHASES.value, rows, row_pitch(table_w, window), 2, 4

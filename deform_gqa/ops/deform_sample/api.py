@@ -28,7 +28,8 @@ def deform_sample(x: Tensor, pos: Tensor, *, backend: str = 'auto') -> Tensor:
         backend: 'auto', 'naive', 'torch' or 'triton'.
 
     Returns:
-        (B, C, S), dtype of x, also under autocast.
+        (B, C, S), dtype of x, also under autocast. In memory (B, S, C), as the rows of
+        keys and values that are projected from it.
 
     Raises:
         TypeError: For a tensor of the wrong dtype, or an option of the wrong type.
@@ -60,7 +61,7 @@ deform_sample_op = define(
     'deform_sample',
     '(Tensor x, Tensor pos) -> Tensor',
     lambda *args: run_backend('deform_sample', 'triton', 'forward', *args),
-    lambda x, pos: x.new_empty((x.shape[0], x.shape[1], pos.shape[2])),
+    lambda x, pos: x.new_empty((x.shape[0], pos.shape[2], x.shape[1])).transpose(1, 2),
 )
 deform_sample_backward_op = define(
     'deform_sample_backward',

@@ -42,7 +42,8 @@ def _by_bags(x: Tensor, pos: Tensor) -> Tensor:
         per_sample_weights=weight.view(-1, 4),
     )
     sampled = sampled.view(batch, groups, num_keys, channels // groups)
-    return sampled.transpose(2, 3).reshape(batch, channels, num_keys).to(x.dtype)
+    sampled = sampled.transpose(1, 2).reshape(batch, num_keys, channels)
+    return sampled.to(x.dtype).transpose(1, 2)
 
 
 def _axis_taps(pos: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -15,4 +15,5 @@ def deform_sample(x: Tensor, pos: Tensor) -> Tensor:
         padding_mode='zeros',
         align_corners=True,
     )
-    return sampled.reshape(batch, channels, num_keys).to(x.dtype)
+    sampled = sampled.reshape(batch, channels, num_keys).to(x.dtype)
+    return sampled.transpose(1, 2).contiguous().transpose(1, 2)

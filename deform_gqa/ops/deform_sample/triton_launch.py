@@ -2,7 +2,8 @@
 
 One program samples BS positions of one offset group and loads BC channels of a pixel
 at once, which are wide loads where the channels of x are contiguous
-(torch.channels_last). Backward adds to the four pixels of each sample by float32
+(torch.channels_last); the samples are stored so too, in (B, S, C) memory, as keys and
+values are read by rows. Backward adds to the four pixels of each sample by float32
 atomics, or in 64-bit fixed point, whose sum has no order, under
 torch.use_deterministic_algorithms; the gradient of a position is a sum over the
 channels inside its program.
@@ -50,7 +51,10 @@ def load_tap(p_x, o_c, m_c, y, x, stride_c, stride_h, stride_w, height, width):
     return tl.load(p, mask=inside[:, None] & m_c[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit
+# Not specialised: what changes with the image and aligns no load.
+@triton.jit(do_not_specialize=[
+    "pos_b", "pos_g", "groups", "num_keys", "height", "width",
+])  # fmt: skip
 def deform_sample_fwd_kernel(
     p_x, p_pos, p_out, x_b, x_c, x_h, x_w, pos_b, pos_g, pos_s, pos_c,
     groups, channels, num_keys, height, width,
@@ -75,8 +79,9 @@ def deform_sample_fwd_kernel(
     upper = b_00 + (b_01 - b_00) * f_x[:, None]
     lower = b_10 + (b_11 - b_10) * f_x[:, None]
     out = upper + (lower - upper) * f_y[:, None]
-    # (B, C, S)
-    p_out += (i_b * groups * channels + o_c[None, :]) * num_keys + o_s[:, None]
+    # (B, S, C)
+    o_token = (i_b * num_keys + o_s) * (groups * channels)
+    p_out += o_token[:, None] + o_c[None, :]
     tl.store(p_out, out.to(p_out.dtype.element_ty), mask=m_s[:, None] & m_c[None, :])
 
 
@@ -94,7 +99,9 @@ def add_tap(
         tl.atomic_add(p, grad, mask=mask, sem='relaxed')
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[
+    "pos_b", "pos_g", "groups", "num_keys", "height", "width",
+])  # fmt: skip
 def deform_sample_bwd_kernel(
     p_x, p_pos, p_grad, p_dx, p_dpos, p_unit,
     x_b, x_c, x_h, x_w, pos_b, pos_g, pos_s, pos_c, grad_b, grad_c, grad_s,
@@ -161,10 +168,10 @@ def _block_channels(channels: int, most: int) -> int:
 
 @on_device_of_first_tensor
 def deform_sample_forward(x: Tensor, pos: Tensor) -> Tensor:
-    """x (B, C, H, W) at pos (B, G, S, 2) -> (B, C, S), dtype of x."""
+    """x (B, C, H, W) at pos (B, G, S, 2) -> (B, C, S), dtype of x, in (B, S, C) memory."""
     batch, channels, height, width = x.shape
     groups, keys = pos.shape[1:3]
-    out = x.new_empty((batch, channels, keys))
+    out = x.new_empty((batch, keys, channels)).transpose(1, 2)
     if out.numel() == 0:
         return out
     channels //= groups

@@ -32,8 +32,9 @@ class BlockSizes:
     stages: int
 
 
-# (kernel, bytes of the dtype, Hopper or later) -> sizes by padded head dimension.
-Table = dict[tuple[str, int, bool], dict[int, BlockSizes]]
+# (kernel, bytes of the dtype, generation) -> sizes by padded head dimension. Generation
+# 100 names only what differs from 90.
+Table = dict[tuple[str, int, int], dict[int, BlockSizes]]
 
 
 @functools.cache
@@ -64,6 +65,19 @@ def dot_part(head_dim: int, dtype: torch.dtype) -> int:
     return padded if padded <= 128 else 64
 
 
+def generation(arch: int) -> int:
+    """80, 90 or 100: whose tensor cores an architecture has.
+
+    Those of sm_120 (GeForce) are programmed as Ampere's.
+    """
+    return 80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
+
+
+def has_small_shared_memory(arch: int) -> bool:
+    """Whether a program may use 99 KiB, not 163 (sm_80) or 227."""
+    return arch in (86, 89) or arch >= 120
+
+
 def tabled_sizes(
     table: Table, kernel: str, head_dim: int, dtype: torch.dtype, arch: int
 ) -> BlockSizes:
@@ -80,5 +94,7 @@ def tabled_sizes(
     tuned = _overrides().get(override_key(kernel, padded, dtype, arch))
     if tuned is not None:
         return tuned
-    by_head_dim = table[kernel, dtype.itemsize, arch >= 90]
+    of = generation(arch)
+    by_head_dim = table[kernel, dtype.itemsize, min(of, 90)]
+    by_head_dim = by_head_dim | table.get((kernel, dtype.itemsize, of), {})
     return by_head_dim.get(padded) or by_head_dim[max(32, padded)]

@@ -12,106 +12,106 @@ from .patches import MAX_WINDOW, MIN_WINDOW
 # compiled code: the largest tiles without spills, also where positions may be out of
 # range (tools/kernel_report.py prints them).
 TABLE: Table = {
-    ('deform_attn_fwd', 2, True): {
+    ('deform_attn_fwd', 2, 90): {
         32: BlockSizes(256, 64, 8, 2),
         64: BlockSizes(256, 64, 8, 1),
         128: BlockSizes(128, 64, 8, 1),
         256: BlockSizes(64, 64, 8, 1),
     },
-    ('deform_attn_fwd', 2, False): {
+    ('deform_attn_fwd', 2, 80): {
         32: BlockSizes(256, 64, 8, 2),
         64: BlockSizes(256, 32, 8, 1),
         128: BlockSizes(128, 32, 8, 1),
         256: BlockSizes(64, 64, 8, 1),
     },
-    ('deform_attn_dq', 2, True): {
+    ('deform_attn_dq', 2, 90): {
         32: BlockSizes(256, 32, 8, 2),
         64: BlockSizes(256, 32, 8, 1),
         128: BlockSizes(128, 64, 8, 1),
         256: BlockSizes(64, 32, 8, 1),
     },
-    ('deform_attn_dq', 2, False): {
+    ('deform_attn_dq', 2, 80): {
         32: BlockSizes(256, 32, 8, 2),
         64: BlockSizes(256, 16, 8, 2),
         128: BlockSizes(64, 64, 8, 1),
         256: BlockSizes(64, 32, 8, 1),
     },
-    ('deform_attn_dkdv', 2, True): {
+    ('deform_attn_dkdv', 2, 90): {
         32: BlockSizes(256, 32, 8, 1),
         64: BlockSizes(256, 32, 8, 1),
         128: BlockSizes(128, 32, 8, 1),
         256: BlockSizes(64, 32, 8, 1),
     },
-    ('deform_attn_dbias', 2, True): {
+    ('deform_attn_dbias', 2, 90): {
         32: BlockSizes(256, 16, 8, 1),
         64: BlockSizes(256, 16, 8, 1),
         128: BlockSizes(128, 16, 8, 1),
         256: BlockSizes(128, 16, 8, 1),
     },
-    ('deform_attn_dkdv_dbias', 2, True): {
+    ('deform_attn_dkdv_dbias', 2, 90): {
         32: BlockSizes(256, 32, 8, 1),
         64: BlockSizes(256, 16, 8, 1),
     },
-    ('deform_attn_dkdv', 2, False): {
+    ('deform_attn_dkdv', 2, 80): {
         32: BlockSizes(256, 32, 8, 1),
         64: BlockSizes(256, 32, 8, 1),
         128: BlockSizes(128, 32, 8, 1),
         256: BlockSizes(64, 32, 8, 1),
     },
-    ('deform_attn_dbias', 2, False): {
+    ('deform_attn_dbias', 2, 80): {
         32: BlockSizes(256, 16, 8, 1),
         64: BlockSizes(256, 16, 8, 1),
         128: BlockSizes(128, 16, 8, 1),
         256: BlockSizes(64, 16, 8, 1),
     },
-    ('deform_attn_dkdv_dbias', 2, False): {
+    ('deform_attn_dkdv_dbias', 2, 80): {
         32: BlockSizes(256, 16, 8, 1),
         64: BlockSizes(256, 16, 8, 1),
     },
-    ('deform_attn_fwd', 4, True): {
+    ('deform_attn_fwd', 4, 90): {
         32: BlockSizes(128, 32, 8, 1),
         64: BlockSizes(128, 32, 8, 1),
         128: BlockSizes(128, 32, 8, 1),
         256: BlockSizes(32, 16, 8, 1),
     },
-    ('deform_attn_fwd', 4, False): {
+    ('deform_attn_fwd', 4, 80): {
         16: BlockSizes(128, 16, 8, 1),
         32: BlockSizes(128, 32, 8, 1),
         64: BlockSizes(128, 32, 8, 1),
         128: BlockSizes(128, 16, 8, 1),
         256: BlockSizes(64, 16, 8, 1),
     },
-    ('deform_attn_dq', 4, True): {
+    ('deform_attn_dq', 4, 90): {
         32: BlockSizes(128, 32, 8, 1),
         64: BlockSizes(128, 32, 8, 1),
         128: BlockSizes(64, 32, 8, 1),
         256: BlockSizes(32, 16, 8, 1),
     },
-    ('deform_attn_dq', 4, False): {
+    ('deform_attn_dq', 4, 80): {
         32: BlockSizes(128, 16, 8, 1),
         64: BlockSizes(128, 16, 8, 1),
         128: BlockSizes(64, 16, 8, 1),
         256: BlockSizes(32, 16, 8, 1),
     },
-    ('deform_attn_dkdv', 4, True): {
+    ('deform_attn_dkdv', 4, 90): {
         32: BlockSizes(64, 16, 4, 1),
         64: BlockSizes(64, 16, 8, 1),
         128: BlockSizes(32, 32, 8, 1),
         256: BlockSizes(16, 16, 8, 1),
     },
-    ('deform_attn_dbias', 4, True): {
+    ('deform_attn_dbias', 4, 90): {
         32: BlockSizes(128, 16, 8, 1),
         64: BlockSizes(128, 16, 8, 1),
         128: BlockSizes(128, 16, 8, 1),
         256: BlockSizes(128, 16, 8, 1),
     },
-    ('deform_attn_dkdv', 4, False): {
+    ('deform_attn_dkdv', 4, 80): {
         32: BlockSizes(64, 16, 4, 1),
         64: BlockSizes(64, 16, 8, 1),
         128: BlockSizes(32, 32, 8, 1),
         256: BlockSizes(16, 16, 8, 1),
     },
-    ('deform_attn_dbias', 4, False): {
+    ('deform_attn_dbias', 4, 80): {
         32: BlockSizes(128, 16, 8, 1),
         64: BlockSizes(128, 16, 8, 1),
         128: BlockSizes(128, 16, 8, 1),

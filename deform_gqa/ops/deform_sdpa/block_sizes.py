@@ -66,11 +66,11 @@ def block_sizes(
         queries = 32 * WARPS * channels // padded
     else:
         # Heads come first: every block of heads gathers and scatters anew. What a
-        # lane holds of them and of the corners, two vectors of each or one beside the
-        # most heads, stays in registers; atomics of one number take more of those.
-        most = 8 if atomic == 4 else 4
+        # lane holds of them and of the corners, two vectors of each beside few heads
+        # or one, stays in registers; atomics of one number take more of those.
+        most = 8 if atomic == 4 and arch != 100 else 4
         heads = min(heads, most if padded < 256 else 2)
-        numbers = 8 if heads == most else 2 * channels
+        numbers = 2 * channels if atomic == 4 and heads <= 2 else 8
         if is_fixed and padded == 256:  # else it spills
             channels = 4
         queries = 32 * WARPS * numbers // (2 * padded)

@@ -10,73 +10,74 @@ from ..common.block_sizes import BlockSizes, Table
 # Chosen ahead of time by instructions a pair, registers and shared memory of the
 # compiled code: the largest tiles without spills (tools/kernel_report.py prints them).
 TABLE: Table = {
-    ('neighborhood_fwd', 2, True): {
+    ('neighborhood_fwd', 2, 90): {
         32: BlockSizes(64, 64, 4, 1),
         64: BlockSizes(64, 64, 4, 1),
         128: BlockSizes(64, 64, 4, 1),
         256: BlockSizes(64, 64, 4, 1),
     },
-    ('neighborhood_dq', 2, True): {
+    ('neighborhood_dq', 2, 90): {
         32: BlockSizes(64, 64, 4, 1),
         64: BlockSizes(64, 64, 4, 1),
         128: BlockSizes(64, 32, 4, 1),
         256: BlockSizes(64, 32, 4, 1),
     },
-    ('neighborhood_dkdv', 2, True): {
+    ('neighborhood_dkdv', 2, 90): {
         32: BlockSizes(64, 64, 4, 1),
         64: BlockSizes(32, 64, 4, 1),
         128: BlockSizes(16, 32, 4, 1),
         256: BlockSizes(16, 64, 4, 1),
     },
-    ('neighborhood_fwd', 2, False): {
+    ('neighborhood_dkdv', 2, 100): {64: BlockSizes(32, 32, 4, 1)},
+    ('neighborhood_fwd', 2, 80): {
         32: BlockSizes(64, 64, 4, 1),
         64: BlockSizes(64, 64, 4, 1),
         128: BlockSizes(64, 32, 4, 1),
         256: BlockSizes(64, 64, 4, 1),
     },
-    ('neighborhood_dq', 2, False): {
+    ('neighborhood_dq', 2, 80): {
         32: BlockSizes(64, 64, 4, 1),
         64: BlockSizes(64, 32, 4, 1),
         128: BlockSizes(64, 32, 4, 1),
         256: BlockSizes(64, 64, 4, 1),
     },
-    ('neighborhood_dkdv', 2, False): {
+    ('neighborhood_dkdv', 2, 80): {
         32: BlockSizes(32, 64, 4, 1),
         64: BlockSizes(16, 64, 4, 1),
         128: BlockSizes(16, 32, 4, 1),
         256: BlockSizes(16, 64, 4, 1),
     },
-    ('neighborhood_fwd', 4, True): {
+    ('neighborhood_fwd', 4, 90): {
         32: BlockSizes(64, 32, 4, 1),
         64: BlockSizes(128, 32, 8, 1),
         128: BlockSizes(128, 32, 8, 1),
         256: BlockSizes(128, 32, 8, 1),
     },
-    ('neighborhood_dq', 4, True): {
+    ('neighborhood_dq', 4, 90): {
         32: BlockSizes(64, 32, 4, 1),
         64: BlockSizes(64, 64, 4, 1),
         128: BlockSizes(64, 64, 4, 1),
         256: BlockSizes(64, 64, 4, 1),
     },
-    ('neighborhood_dkdv', 4, True): {
+    ('neighborhood_dkdv', 4, 90): {
         32: BlockSizes(16, 64, 4, 1),
         64: BlockSizes(32, 64, 4, 1),
         128: BlockSizes(32, 64, 4, 1),
         256: BlockSizes(32, 64, 4, 1),
     },
-    ('neighborhood_fwd', 4, False): {
+    ('neighborhood_fwd', 4, 80): {
         32: BlockSizes(64, 32, 4, 1),
         64: BlockSizes(64, 32, 4, 1),
         128: BlockSizes(64, 32, 4, 1),
         256: BlockSizes(64, 32, 4, 1),
     },
-    ('neighborhood_dq', 4, False): {
+    ('neighborhood_dq', 4, 80): {
         32: BlockSizes(64, 32, 4, 1),
         64: BlockSizes(64, 32, 4, 1),
         128: BlockSizes(64, 32, 4, 1),
         256: BlockSizes(64, 32, 4, 1),
     },
-    ('neighborhood_dkdv', 4, False): {
+    ('neighborhood_dkdv', 4, 80): {
         32: BlockSizes(16, 32, 4, 1),
         64: BlockSizes(16, 64, 4, 1),
         128: BlockSizes(16, 64, 4, 1),

@@ -12,7 +12,7 @@ import torch
 from deform_gqa.profiling.memory import PeakMemory, quick_collections
 from deform_gqa.profiling.timing import Timing
 
-from .cases import Case, NotRun, Workload
+from .cases import Case, NotRun, Status, Workload
 from .errors import one_line
 from .flops import count_flops
 from .options import MeasureOptions
@@ -110,91 +110,92 @@ class _Loop:
         """One group with one backend after the other."""
         seen: set[tuple[str, str]] = set()
         for backend in self.options.backends:
-            gc.collect()
-            built = []
-            for case in group:
-                workload = self._build(case, backend)
-                # A model without our ops is the same with every backend.
-                if workload and (case.name, workload.backend) not in seen:
-                    seen.add((case.name, workload.backend))
-                    built.append((case, workload))
-            for direction in self.options.directions:
-                self.step(f'{group[0].name} {backend} {direction}')
-                tasks = [
-                    task
-                    for case, workload in built
-                    if (task := self._task(case, workload, direction))
-                ]
-                self._sample(tasks)
+            gc.collect()  # what the last backend held
+            self._run_backend(group, backend, seen)
+
+    def _run_backend(
+        self, group: Sequence[Case], backend: str, seen: set[tuple[str, str]]
+    ) -> None:
+        built = []
+        for case in group:
+            workload = self._build(case, backend)
+            # A model without our ops is the same with every backend.
+            if workload and (case.name, workload.backend) not in seen:
+                seen.add((case.name, workload.backend))
+                built.append((case, workload))
+        for direction in self.options.directions:
+            self.step(f'{group[0].name} {backend} {direction}')
+            tasks = [
+                Task(case, workload, _row(case, workload.backend, direction))
+                for case, workload in built
+            ]
+            if self.deadline.is_past():
+                self._miss([task.row for task in tasks], 'skipped', LATE)
+            elif self.sampler is None:
+                self.rows += [task.row for task in tasks]
+            else:
+                self._sample(tasks, self.sampler)
 
     def _build(self, case: Case, backend: str) -> Workload | None:
         """None, with rows that say why, if it cannot run."""
+        rows = [_row(case, backend, name) for name in self.options.directions]
         torch.manual_seed(0)  # the same weights for every backend
-        workload: Workload | None = None
-        with expected_failure(self.options.amp_dtype) as failure:
-            try:
+        try:
+            with self._expected_failure() as failure:
                 workload = case.build(backend)
-            except NotRun as reason:
-                self._miss(case, backend, reason.status, str(reason))
-                return None
-        if workload is not None:
+        except NotRun as reason:
+            self._miss(rows, reason.status, str(reason))
+            return None
+        if not failure:
             if 'params' in case.fields:
                 case.fields['params'] = workload.params
             if workload.check is not None and not self.deadline.is_past():
                 with self._expected_failure(workload) as failure:
                     workload.check()
         if failure:
-            self._miss(case, backend, 'failed', failure[0])
+            self._miss(rows, 'failed', failure[0])
             return None
         return workload
 
-    def _miss(self, case: Case, backend: str, status, reason: str) -> None:
-        for direction in self.options.directions:
-            row = self._row(case, backend, direction)
-            self.rows.append(dataclasses.replace(row, status=status, reason=reason))
-
-    def _row(self, case: Case, backend: str, direction: str) -> Row:
-        return Row(case.name, backend, direction, **case.row_fields(direction))
-
-    def _task(self, case: Case, workload: Workload, direction: str) -> Task | None:
-        """The task, counted and called once; None, with a row, if it cannot run."""
-        row = self._row(case, workload.backend, direction)
-        if self.deadline.is_past():
-            self.rows.append(dataclasses.replace(row, status='skipped', reason=LATE))
-            return None
-        task = Task(case, workload, row)
-        if self.sampler is None or row.work or not self.counts_flops:
-            return task
-        with self._expected_failure(workload) as failure:
-            key = (case.name, direction)
-            if key not in self.flops:
-                self.flops[key] = count_flops(task.call)
-        if failure:
-            self._fail(row, failure[0])
-            return None
-        work = {'flops': self.flops[key], 'images': case.images}
-        task.row = dataclasses.replace(row, work=work)
-        return task
-
-    def _fail(self, row: Row, reason: str) -> None:
-        self.rows.append(dataclasses.replace(row, status='failed', reason=reason))
-
-    def _sample(self, tasks: Sequence[Task]) -> None:
-        if self.sampler is None:
-            self.rows += [task.row for task in tasks]
-            return
+    def _sample(self, tasks: Sequence[Task], sampler: Sampler) -> None:
+        """Rows of those that run, and of those that fail at their first calls."""
         warm, counts = [], []
         for task in tasks:
             with self._expected_failure(task.workload) as failure:
+                self._count_work(task)
                 counts.append(self.timer.warm_up(task.call))
                 warm.append(task)
             if failure:
-                self._fail(task.row, failure[0])
-        if warm:
-            self.rows += self.sampler(self.timer, warm, statistics.median_high(counts))
+                self._miss([task.row], 'failed', failure[0])
+        if not warm:
+            return
+        with self._expected_failure(warm[0].workload) as failure:
+            self.rows += sampler(self.timer, warm, statistics.median_high(counts))
+        if failure:
+            self._miss([task.row for task in warm], 'failed', failure[0])
 
-    def _expected_failure(self, workload: Workload):
-        return expected_failure(self.options.amp_dtype, workload.is_foreign)
+    def _count_work(self, task: Task) -> None:
+        """FLOPs where the case does not say its work; the same for all backends."""
+        if task.row.work or not self.counts_flops:
+            return
+        key = (task.case.name, task.row.direction)
+        if key not in self.flops:
+            self.flops[key] = count_flops(task.call)
+        work = {'flops': self.flops[key], 'images': task.case.images}
+        task.row = dataclasses.replace(task.row, work=work)
+
+    def _miss(self, rows: Sequence[Row], status: Status, reason: str) -> None:
+        self.rows += [
+            dataclasses.replace(row, status=status, reason=reason) for row in rows
+        ]
+
+    def _expected_failure(self, workload: Workload | None = None):
+        is_foreign = workload is not None and workload.is_foreign
+        return expected_failure(self.options.amp_dtype, is_foreign)
+
+
+def _row(case: Case, backend: str, direction: str) -> Row:
+    return Row(case.name, backend, direction, **case.row_fields(direction))
 
 
 @contextlib.contextmanager

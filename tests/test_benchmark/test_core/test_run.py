@@ -1,7 +1,92 @@
+import weakref
+
 import pytest
 import torch
+from torch import nn
 
-from deform_gqa.benchmark.core.run import expected_failure
+from deform_gqa.benchmark.core.cases import Case, NotRun, Workload
+from deform_gqa.benchmark.core.options import MeasureOptions
+from deform_gqa.benchmark.core.run import expected_failure, measure
+from deform_gqa.benchmark.core.sampling import Sampling
+
+
+def make_options(backends=('naive',), time_limit_s=None):
+    return MeasureOptions(
+        device=torch.device('cpu'),
+        sampling=Sampling(repeats=2, min_time_s=1e-6),
+        threads=None,
+        time_limit_s=time_limit_s,
+        out=None,
+        backends=backends,
+        directions=('forward', 'train'),
+    )
+
+
+def make_case(name, call, **options):
+    def build(backend):
+        calls = dict.fromkeys(('forward', 'train'), call)
+        return Workload(backend, calls, **options)
+
+    return Case(name, {'params': None}, 3, build)
+
+
+def test_cases_of_a_group_take_turns():
+    calls = []
+    cases = [make_case(n, lambda n=n: calls.append(n)) for n in 'ab']
+    rows = measure([cases], make_options())
+    assert ''.join(calls[-4:]) == 'abab'
+    found = [(row.case, row.direction, row.status) for row in rows]
+    assert found == [(n, d, 'ok') for d in ('forward', 'train') for n in 'ab']
+    assert all(len(row.timing.samples_ms) == 2 for row in rows)
+    assert rows[0].work == {'flops': 0, 'images': 3}
+
+
+def test_what_cannot_run_is_listed():
+    def fail():
+        raise RuntimeError('no such shape')
+
+    def refuse(backend):
+        raise NotRun('unsupported', f'no {backend}')
+
+    groups = [[make_case('a', fail, is_foreign=True)], [Case('b', {}, 1, refuse)]]
+    found = {(r.case, r.status, r.reason) for r in measure(groups, make_options())}
+    assert found == {
+        ('a', 'failed', 'RuntimeError: no such shape'),
+        ('b', 'unsupported', 'no naive'),
+    }
+    with pytest.raises(RuntimeError, match='no such shape'):
+        measure([[make_case('a', fail)]], make_options())
+
+
+def test_nothing_is_called_past_the_time_limit():
+    def fail():
+        raise AssertionError
+
+    rows = measure([[make_case('a', fail, check=fail)]], make_options(time_limit_s=0))
+    assert [row.status for row in rows] == ['skipped', 'skipped']
+
+
+def test_checks_without_samples():
+    checks = []
+    case = make_case('a', checks.clear, check=lambda: checks.append('a'))
+    [row, _] = measure([[case]], make_options(), sampler=None)
+    assert (row.status, row.timing, checks) == ('ok', None, ['a'])
+
+
+def test_a_model_is_gone_before_the_next_is_built():
+    models = []
+
+    def build(backend):
+        assert all(model() is None for model in models)
+        model = nn.Linear(2, 2)
+        models.append(weakref.ref(model))
+        calls = {'forward': model.parameters, 'train': model.parameters}
+        return Workload(backend, calls, model=model)
+
+    case = Case('a', {'params': None}, 1, build)
+    assert len(measure([[case]], make_options(('naive', 'torch')))) == 4
+    assert case.fields['params'] == 6
+    assert len(models) == 2
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,9 @@ import math
 # patch shapes: a constant, a share of the column weights and one of the row loads.
 COST, COST_COLUMNS, COST_ROWS, COST_TILE = 12.0, 8.0, 10.0, 600.0
 MIN_WINDOW, MAX_WINDOW, MAX_SUMMED_WINDOW = 8, 64, 32
+# A patch that costs so much more than the cheapest is taken if more maps share it: each
+# shape is a kernel that Triton compiles.
+TOLERANCE = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,11 @@ def choose_patch(most: int, height: int, width: int, step_x: float) -> Patch:
         if 16 <= rows * cols <= most
     ]
     candidates = [p for p in candidates if p.window <= MAX_WINDOW]
-    return min(candidates, key=cost)
+    # Large and square ones first.
+    candidates.sort(key=lambda p: (-p.rows * p.cols, abs(p.rows - p.cols)))
+    costs = [cost(p) for p in candidates]
+    affordable = TOLERANCE * min(costs)
+    return next(p for p, c in zip(candidates, costs, strict=True) if c <= affordable)
 
 
 def choose_backward_patch(most: int, height: int, width: int, step_x: float) -> Patch:

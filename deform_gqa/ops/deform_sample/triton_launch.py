@@ -168,7 +168,7 @@ def _block_channels(channels: int, most: int) -> int:
 
 @on_device_of_first_tensor
 def deform_sample_forward(x: Tensor, pos: Tensor) -> Tensor:
-    """x (B, C, H, W) at pos (B, G, S, 2) -> (B, C, S), dtype of x, in (B, S, C) memory."""
+    """x (B, C, H, W) at pos (B, G, S, 2) -> (B, C, S) in (B, S, C) memory."""
     batch, channels, height, width = x.shape
     groups, keys = pos.shape[1:3]
     out = x.new_empty((batch, keys, channels)).transpose(1, 2)

@@ -44,11 +44,11 @@ def bias_inputs_kernel(
         i_bg = (i // num_s).to(tl.int64)
         o_s = i % num_s * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         m_s = o_s < num_keys
-        p_pos += i_bg // groups * pos_b + i_bg % groups * pos_g
-        p_pos += o_s.to(tl.int64) * pos_s
+        p = p_pos + i_bg // groups * pos_b + i_bg % groups * pos_g
+        p += o_s.to(tl.int64) * pos_s
         # (BLOCK_KEYS,)
-        b_y = tl.load(p_pos, mask=m_s, other=1.0)
-        b_x = tl.load(p_pos + pos_c, mask=m_s, other=1.0)
+        b_y = tl.load(p, mask=m_s, other=1.0)
+        b_x = tl.load(p + pos_c, mask=m_s, other=1.0)
         t_y = base_y + (1.0 - b_y) * half_y
         t_x = base_x + (1.0 - b_x) * half_x
         write_key_taps(p_taps_0, i_bg, o_s, m_s, t_y, t_x, num_keys, BN_0)

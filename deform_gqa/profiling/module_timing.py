@@ -268,7 +268,7 @@ def attention_groups(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def select_modules(model: nn.Module, choice: str) -> list[nn.Module]:
-    """The modules of a class, or at a place of a model.
+    """The modules of a class, or at a path of a model.
 
     Args:
         model: The model.

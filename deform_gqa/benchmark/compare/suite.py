@@ -168,12 +168,12 @@ def compare_figure(
         lw=0,
         label=label,
     )
-    for place, change in enumerate(changes):
+    for y, change in enumerate(changes):
         verdict = change.verdict(tolerance)
         spread = [[change.ratio - change.low], [change.high - change.ratio]]
         axes.errorbar(
             change.ratio,
-            place,
+            y,
             xerr=spread,
             color=_COLORS[verdict],
             marker=_MARKERS[verdict],
@@ -182,7 +182,7 @@ def compare_figure(
             ms=5,
         )
         text = f'{change.ratio:.2f}x'
-        figures.write_text(axes, text, change.high, place)
+        figures.write_text(axes, text, change.high, y)
     axes.axvline(1, color='black', lw=0.8)
     axes.set_xscale('log', base=2)
     low, high = axes.get_xlim()

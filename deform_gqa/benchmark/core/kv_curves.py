@@ -120,8 +120,8 @@ def _draw(axes, report: Report, rows: Sequence[Row], values, yerr=None) -> None:
     axes.errorbar(counts, values, yerr=yerr, label=f'GQA, {backend}', ms=5, **look)
     tops = yerr[1] if yerr else [0.0] * len(values)
     for count, value, top in zip(counts, values, tops, strict=True):
-        place = dict(xytext=(0, 4), ha='center', va='bottom')
-        figures.write_value(axes, value, count, value + top, **place)
+        above = dict(xytext=(0, 4), ha='center', va='bottom')
+        figures.write_value(axes, value, count, value + top, **above)
     lines = ((report.options['heads'], 'MHA', '--'), (1, 'MQA', ':'))
     for count, name, dashes in lines:
         if count in counts:

@@ -240,11 +240,11 @@ def time_transforms(dataset: BaseDataset, count: int) -> list[tuple[str, Timing]
     for number in range(count + 1):
         steps = [functools.partial(_info, dataset, number % len(dataset)), *transforms]
         results: Any = None
-        for place, step in enumerate(steps):
+        for index, step in enumerate(steps):
             before = time.perf_counter()
-            results = step() if place == 0 else step(results)
+            results = step() if index == 0 else step(results)
             if number > 0:
-                samples[place].append((time.perf_counter() - before) * 1e3)
+                samples[index].append((time.perf_counter() - before) * 1e3)
             if results is None:
                 break
     return [

@@ -96,11 +96,11 @@ def dataloader_figure(report: Report):
 
 def _bars(axes, labels, values, ends, label: str, style: dict[str, str]) -> None:
     """Bars from the top; each value stands right of the end of its marks."""
-    places = range(len(labels))
-    axes.barh(places, values, color=style['color'], height=0.6, label=label)
-    for place, value, end in zip(places, values, ends, strict=True):
-        figures.write_value(axes, value, end, place)
+    ys = range(len(labels))
+    axes.barh(ys, values, color=style['color'], height=0.6, label=label)
+    for y, value, end in zip(ys, values, ends, strict=True):
+        figures.write_value(axes, value, end, y)
     axes.set_xlim(0, 1.15 * max(ends))
-    axes.set_yticks(places, labels)
+    axes.set_yticks(ys, labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(axis='x', alpha=0.3)

@@ -83,8 +83,8 @@ def _side_by_side(
 def breakdown_pictures(report: Report) -> dict[str, Callable[[], Any]]:
     """One of each backbone and shape."""
     return {
-        f'breakdown-{place}': functools.partial(breakdown_figure, report, heading)
-        for place, heading in enumerate(subjects(report), start=1)
+        f'breakdown-{index}': functools.partial(breakdown_figure, report, heading)
+        for index, heading in enumerate(subjects(report), start=1)
     }
 
 

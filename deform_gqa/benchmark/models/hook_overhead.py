@@ -173,8 +173,8 @@ class BlockWatch(Hook):
         self._last = {name: clock() for name, clock in _CLOCKS.items()}
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        block, place = divmod(runner.iter, self._length)
-        is_last = place == self._length - 1
+        block, index = divmod(runner.iter, self._length)
+        is_last = index == self._length - 1
         if is_last and torch.cuda.is_available():
             torch.cuda.synchronize()  # so that a block has all of its work
         for name, clock in _CLOCKS.items():

@@ -2,5 +2,5 @@
 
 from ..common.flops import register_attention_flops
 
-_KERNEL_SIZE = 9  # place of kernel_size among the arguments of the op
+_KERNEL_SIZE = 9  # index of kernel_size among the arguments of the op
 register_attention_flops('neighborhood_attn', lambda *args: args[_KERNEL_SIZE] ** 2)

@@ -30,7 +30,7 @@ def test_ops_count_alike_whatever_the_backend(case, backend):
 
 
 @pytest.mark.parametrize(
-    ('conv', 'places'),
+    ('conv', 'pixels'),
     [
         (nn.Conv2d(8, 16, 3, stride=2, padding=1), 2 * 5 * 6),
         (nn.Conv2d(8, 16, 3, padding=1, groups=4), 2 * 9 * 11),
@@ -38,9 +38,9 @@ def test_ops_count_alike_whatever_the_backend(case, backend):
         (nn.ConvTranspose2d(8, 16, 2, stride=2), 2 * 9 * 11),
     ],
 )
-def test_convolutions(conv, places):
+def test_convolutions(conv, pixels):
     x = torch.randn(2, 8, 9, 11, requires_grad=True)
-    forward = 2 * conv.weight.numel() * places
+    forward = 2 * conv.weight.numel() * pixels
     assert count_flops(lambda: conv(x)) == forward
     assert count_flops(lambda: conv(x).sum().backward()) == 3 * forward
     without_input_gradient = count_flops(lambda: conv(x.detach()).sum().backward())

@@ -126,7 +126,7 @@ def test_a_red_gate_reports_nothing(benchmark_tool, capsys, monkeypatch, tmp_pat
     ],
 )
 def test_failures(monkeypatch, benchmark_tool, capsys, backend, error, ends):
-    """Peers may fail and memory may run out; a defect of ours ends the run."""
+    """Baselines may fail and memory may run out; a defect of ours ends the run."""
 
     def check(self, case, backend):
         raise error

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from deform_gqa.archs import ARCHS
-from deform_gqa.ops.common.backends import choose_backend, unsupported_reason
+from deform_gqa.ops.common.backends import choose_backend
 from deform_gqa.profiling.environment import describe_environment
 
 from .core.cases import (
@@ -36,10 +36,9 @@ from .core.run import measure
 from .core.writer import publish
 from .models.options import ModelOptions, add_model_arguments, resolve_model
 from .ops import gqa
-from .ops.backends import make_call
 from .ops.case import STAGES, OpCase
 from .ops.registry import OP_CASES
-from .ops.workload import op_calls
+from .ops.workload import build_workload, op_calls
 
 DESCRIPTION = (
     'Time and memory against the number of kv heads: figure 6 of the GQA paper.'
@@ -265,23 +264,19 @@ def build_op(case: OpCase, options: ModelOptions, backend: str) -> Workload:
         NotRun: If the backend cannot run it.
     """
     device, dtype = options.device, options.amp_dtype or torch.float32
-    if case.op == gqa.OP:
-        if backend != 'auto':
-            reason = f'{gqa.OP} runs torch SDPA and has no backends'
-            raise NotRun('unsupported', reason)
-        used, call = PLAIN, gqa.attend
-    else:
+    if case.op != gqa.OP:
         where = dict(device=device, dtype=dtype, head_dim=case.head_dim)
-        reason = None
-        if backend != 'auto':
-            reason = unsupported_reason(case.op, backend, **where)
-        if reason is not None:
-            raise NotRun('unsupported', reason)
-        used = choose_backend(case.op, backend, **where)
-        call = make_call(case, used)
-    inputs = case.make_inputs(device, dtype)
-    bytes_of_inputs = sum(x.numel() * x.element_size() for x in inputs.values())
-    return Workload(used, op_calls(call, inputs), resident_mib=bytes_of_inputs / 2**20)
+        if backend == 'auto':
+            backend = choose_backend(case.op, backend, **where)
+        workload = build_workload(case, device, dtype, backend)
+    elif backend == 'auto':
+        calls = op_calls(gqa.attend, case.make_inputs(device, dtype))
+        workload = Workload(PLAIN, calls)
+    else:
+        reason = f'{gqa.OP} runs torch SDPA and has no backends'
+        raise NotRun('unsupported', reason)
+    workload.resident_mib = sum(case.input_bytes(dtype).values()) / 2**20
+    return workload
 
 
 def _module(name: str) -> Any:

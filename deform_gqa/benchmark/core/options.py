@@ -30,31 +30,66 @@ def add_output_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
     add('--out', metavar='DIR', help='write JSON, Markdown and PNG to this folder')
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
-    """The arguments of :class:`RunOptions`."""
-    add = parser.add_argument
-    add('--device', help="'cpu' or 'cuda[:N]' (default: cuda where there is one)")
-    add('--repeats', type=int, help='samples (default: as many as fill --min-time-s)')
-    add('--min-time-s', type=float, help='sampling time a row, at least 3 samples')
-    add('--time-limit-s', type=float, help='start no measurement after that time')
+def add_measure_arguments(
+    parser: argparse.ArgumentParser,
+    backends: Sequence[str],
+    directions: Sequence[str],
+    quick: str,
+    /,
+    **notes: str,
+) -> None:
+    """The arguments of :class:`MeasureOptions`.
+
+    Args:
+        parser: Of a suite.
+        backends: All that there are.
+        directions: All that there are.
+        quick: What --quick chooses.
+        notes: Help texts by argument, where a suite has defaults to name.
+    """
+
+    def add(name: str, **options: Any) -> None:
+        option = '--' + name.replace('_', '-')
+        options['help'] = notes.get(name, options.get('help'))
+        parser.add_argument(option, **options)
+
+    add('backends', nargs='+', metavar='B', help=f'of {", ".join(backends)}')
+    add('sizes', nargs='+', metavar='HxW', help='images in pixels')
+    add('batch_sizes', nargs='+', type=int, metavar='N', help='images a call')
+    add('kv_heads', nargs='+', metavar='K')
+    add('directions', nargs='+', metavar='D', help=f'of {", ".join(directions)}')
+    add('device', help="'cpu' or 'cuda[:N]' (default: cuda where there is one)")
+    add('repeats', type=int, help='samples (default: as many as fill --min-time-s)')
+    add('min_time_s', type=float, help='sampling time a row, at least 3 samples')
+    add('time_limit_s', type=float, help='start no measurement after that time')
     add_output_arguments(parser, quick)
 
 
 @dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """Checked options; see :func:`add_run_arguments`."""
+class MeasureOptions:
+    """Checked options; see :func:`add_measure_arguments`."""
 
     device: torch.device
     sampling: Sampling
     threads: int | None
     time_limit_s: float | None
     out: str | None
+    backends: tuple[str, ...]
+    directions: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
+    batch_sizes: tuple[int, ...]
+    kv_heads: tuple[str, ...]
 
     def describe(self) -> dict[str, Any]:
         """For the report."""
         values = dataclasses.asdict(self)
         del values['out']
         return {**values, 'device': str(self.device)}
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        """The dtype of autocast; None without."""
+        return None
 
     def use_threads(self) -> None:
         use_threads(self.threads)
@@ -74,35 +109,40 @@ class Deadline:
         return time.monotonic() > self._end_s
 
 
-@dataclasses.dataclass(frozen=True)
-class MeasureOptions(RunOptions):
-    """What the run loop needs to know."""
+def resolve_measure(
+    args: argparse.Namespace,
+    backends: Sequence[str],
+    directions: Sequence[str],
+    /,
+    **defaults: Sequence[Any],
+) -> dict[str, Any]:
+    """The fields of :class:`MeasureOptions` from checked arguments.
 
-    backends: tuple[str, ...]
-    directions: tuple[str, ...]
-
-    @property
-    def amp_dtype(self) -> torch.dtype | None:
-        """The dtype of autocast; None without."""
-        return None
-
-
-def resolve_run(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of :class:`RunOptions` from checked arguments.
+    Args:
+        args: As parsed.
+        backends: All that there are.
+        directions: All that there are, and the default.
+        defaults: Of backends, sizes, batch_sizes and kv_heads.
 
     Raises:
         OptionError: For the first wrong option.
     """
-    device = parse_device(args.device)
     check_out(args.out)
-    check_options(args, 'repeats', 'min_time_s', 'time_limit_s')
+    check_options(args, 'repeats', 'min_time_s', 'time_limit_s', 'batch_sizes')
+    given = {
+        name: unique(getattr(args, name) or default)
+        for name, default in defaults.items()
+    }
     default_time_s = QUICK_TIME_S if args.quick else DEFAULT_TIME_S
-    return dict(
-        device=device,
+    return given | dict(
+        device=parse_device(args.device),
         sampling=Sampling(args.repeats, args.min_time_s or default_time_s),
         threads=resolve_threads(args),
         time_limit_s=args.time_limit_s,
         out=args.out,
+        backends=one_of('--backends', given['backends'], backends),
+        directions=one_of('--directions', args.directions or directions, directions),
+        sizes=unique(parse_size(text) for text in given['sizes']),
     )
 
 

@@ -15,12 +15,9 @@ from ..core.kv_heads import AS_CONFIGURED, SHARES, SWEEP
 from ..core.options import (
     DTYPES,
     MeasureOptions,
-    add_run_arguments,
-    check_options,
+    add_measure_arguments,
     one_of,
-    parse_size,
-    resolve_run,
-    unique,
+    resolve_measure,
 )
 
 KV_CHOICES = (AS_CONFIGURED, *SHARES, SWEEP)
@@ -39,21 +36,18 @@ def add_model_arguments(
     kv_heads: str = KV_HEADS_HELP,
 ) -> None:
     """Defaults of None depend on the suite and on --quick."""
-    add = parser.add_argument
-    add(
-        '--backends',
-        nargs='+',
-        metavar='B',
-        help=f'of our ops: {", ".join(BACKENDS)} (default: auto)',
+    add_measure_arguments(
+        parser,
+        BACKENDS,
+        directions,
+        quick,
+        backends=f'of our ops: {", ".join(BACKENDS)} (default: auto)',
+        kv_heads=kv_heads,
     )
+    add = parser.add_argument
     add('--amp', metavar='D', help='autocast to fp16 or bf16 (default: none, fp32)')
-    add('--sizes', nargs='+', metavar='HxW', help='images in pixels')
-    add('--batch-sizes', nargs='+', type=int, metavar='N', help='images a call')
-    add('--kv-heads', nargs='+', metavar='K', help=kv_heads)
-    add('--directions', nargs='+', metavar='D', help=f'of {", ".join(directions)}')
     add('--checkpoint', metavar='FILE', help='weights to load (default: random)')
     add_cfg_options(parser)
-    add_run_arguments(parser, quick)
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
@@ -71,9 +65,6 @@ class ModelOptions(MeasureOptions):
     """Checked options; see :func:`add_model_arguments`."""
 
     amp: str | None
-    sizes: tuple[tuple[int, int], ...]
-    batch_sizes: tuple[int, ...]
-    kv_heads: tuple[str, ...]
     checkpoint: str | None
     cfg_options: dict[str, Any]
 
@@ -99,23 +90,24 @@ def resolve_model(
     Raises:
         OptionError: For the first wrong option.
     """
-    run = resolve_run(args)
+    common = resolve_measure(
+        args,
+        BACKENDS,
+        directions,
+        backends=('auto',),
+        sizes=sizes,
+        batch_sizes=batch_sizes,
+        kv_heads=(AS_CONFIGURED,),
+    )
     if args.amp is not None:
         one_of('--amp', [args.amp], AMP_DTYPES)
-    check_options(args, 'batch_sizes')
-    kv_heads = unique(args.kv_heads or (AS_CONFIGURED,))
-    for choice in kv_heads:
+    for choice in common['kv_heads']:
         check_kv_heads(choice)
     if args.checkpoint is not None and not os.path.isfile(args.checkpoint):
         raise OptionError(f'--checkpoint {args.checkpoint!r} does not exist')
     return ModelOptions(
-        **run,
-        backends=one_of('--backends', args.backends or ('auto',), BACKENDS),
+        **common,
         amp=args.amp,
-        sizes=unique(parse_size(text) for text in args.sizes or sizes),
-        batch_sizes=unique(args.batch_sizes or batch_sizes),
-        kv_heads=kv_heads,
-        directions=one_of('--directions', args.directions or directions, directions),
         checkpoint=args.checkpoint,
         cfg_options=parse_cfg_options(args.cfg_options),
     )

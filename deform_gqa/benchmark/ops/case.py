@@ -129,6 +129,13 @@ class OpCase:
         """Shape and dtype of every tensor argument, all of them differentiable."""
         raise NotImplementedError
 
+    def input_bytes(self, dtype: torch.dtype) -> dict[str, int]:
+        """What each tensor argument takes."""
+        return {
+            name: math.prod(shape) * tensor_dtype.itemsize
+            for name, (shape, tensor_dtype) in self.input_specs(dtype).items()
+        }
+
     def options(self) -> dict[str, Any]:
         """The other arguments of the op."""
         raise NotImplementedError

@@ -97,10 +97,7 @@ class Roofline:
 
 
 def _bytes(case: OpCase, dtype: torch.dtype, direction: str) -> int:
-    sizes = {
-        name: torch.Size(shape).numel() * tensor_dtype.itemsize
-        for name, (shape, tensor_dtype) in case.input_specs(dtype).items()
-    }
+    sizes = case.input_bytes(dtype)
     inputs, out = sum(sizes.values()), sizes['q']
     if direction == FORWARD:
         return inputs + out

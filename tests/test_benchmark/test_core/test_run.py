@@ -19,6 +19,9 @@ def make_options(backends=('naive',), time_limit_s=None):
         out=None,
         backends=backends,
         directions=('forward', 'train'),
+        sizes=(),
+        batch_sizes=(),
+        kv_heads=(),
     )
 
 

@@ -12,7 +12,20 @@ def fixed_point_unit(bound: Tensor) -> Tensor:
 
     Args:
         bound: Scalar tensor, at least the largest absolute sum. Stays on its device:
-            nothing waits for the GPU.
+            nothing waits for the GPU. Where it is not finite, neither is the unit, and
+            sums come back as NaN: int64 holds no other.
     """
-    exponent = torch.floor(BITS - torch.log2(bound))
-    return torch.exp2(exponent.clamp(-100, 100))
+    exponent = torch.floor(BITS - torch.log2(bound)).clamp(-100, 100)
+    return torch.exp2(exponent) + 0 * bound
+
+
+def from_fixed_point(sums: Tensor, unit: Tensor, witness: Tensor) -> Tensor:
+    """Sums of terms times ``unit`` in float64, NaN if ``witness`` is not finite.
+
+    Args:
+        sums: int64.
+        unit: Scalar tensor of :func:`fixed_point_unit`.
+        witness: Floating, any shape: what an infinite or NaN term reaches as well, as
+            it leaves an ordinary number in ``sums``.
+    """
+    return sums.double() / unit.double() + 0 * witness.double().sum()

@@ -206,32 +206,36 @@ def as_keys(x, R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, NW: tl.conste
 
 
 @triton.jit
-def weights_and_cells(t, cell, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+def weights_and_cells(
+    t, cell, COUNT: tl.constexpr, DTYPE: tl.constexpr, PEAK: tl.constexpr
+):
     """(BN, 2, COUNT, n): tent weights of coordinates t over cells, and 1 at their own.
 
     The bias moves with t by the rise of the table from the latter to the next cell.
 
     Args:
         t, cell: (BN, n), counted from the first of the COUNT cells.
+        PEAK: Power of two that all is multiplied by.
     """
     cells = tl.arange(0, COUNT).to(tl.float32)[None, :, None]
-    weights = tent(t[:, None, :] - cells).to(DTYPE)
-    is_cell = tl.where(cell[:, None, :] == cells, 1.0, 0.0).to(DTYPE)
+    distance = tl.abs(t[:, None, :] - cells)
+    weights = tl.maximum(PEAK - distance * PEAK, 0.0).to(DTYPE)
+    is_cell = tl.where(cell[:, None, :] == cells, PEAK, 0.0).to(DTYPE)
     return tl.permute(tl.join(weights, is_cell), (0, 3, 1, 2))
 
 
 @triton.jit
-def contract_columns(grad, b_u, step, CW: tl.constexpr):
+def contract_columns(grad, b_u, step, CW: tl.constexpr, PEAK: tl.constexpr):
     """Sums the bias gradient (BN, C, R) over columns into table columns.
 
     Returns:
-        (BN, 2 * CW, R): CW sums with the tent weights, the gradient of the blended
-        rows, and CW over the columns in each cell, for the gradient of t_x.
+        (BN, 2 * CW, R), times PEAK: CW sums with the tent weights, the gradient of the
+        blended rows, and CW over the columns in each cell, for the gradient of t_x.
     """
     BN: tl.constexpr = grad.shape[0]
     C: tl.constexpr = grad.shape[1]
     t = b_u[:, None] + tl.arange(0, C).to(tl.float32)[None, :] * step
-    by = weights_and_cells(t, tl.floor(t), CW, grad.dtype)
+    by = weights_and_cells(t, tl.floor(t), CW, grad.dtype, PEAK)
     by = tl.reshape(by, (BN, 2 * CW, C))
     if C == 1:
         sums = by.to(tl.float32) * grad.to(tl.float32)
@@ -241,12 +245,13 @@ def contract_columns(grad, b_u, step, CW: tl.constexpr):
 
 
 @triton.jit
-def contract_rows(sums, t, cell, RW: tl.constexpr):
+def contract_rows(sums, t, cell, RW: tl.constexpr, PEAK: tl.constexpr):
     """Sums what contract_columns returns, (BN, 2 * CW, R), over rows into table rows.
 
     Args:
         t, cell: (BN, R), t_y and its cell, counted from the window's first row; a cell
             outside the window if t_y does not move with the position.
+        PEAK: Of the weights, the inverse of that of the sums.
 
     Returns:
         The gradient of the table's cells, and what gives the gradients of t_y and t_x
@@ -255,7 +260,8 @@ def contract_rows(sums, t, cell, RW: tl.constexpr):
     BN: tl.constexpr = sums.shape[0]
     CW: tl.constexpr = sums.shape[1] // 2
     R: tl.constexpr = sums.shape[2]
-    by = tl.reshape(weights_and_cells(t, cell, RW, sums.dtype), (BN, 2 * RW, R))
+    by = weights_and_cells(t, cell, RW, sums.dtype, PEAK)
+    by = tl.reshape(by, (BN, 2 * RW, R))
     x = dot(sums, tl.permute(by, (0, 2, 1)))
     x = tl.permute(tl.reshape(x, (BN, 2, CW, 2, RW)), (0, 2, 4, 3, 1))
     by_weight, by_cell = tl.split(x)

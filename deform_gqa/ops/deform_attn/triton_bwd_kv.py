@@ -91,7 +91,9 @@ def bias_gradient(
     )
     t = b_ty[:, None] + query_rows(row0, height, 1, R)[None, :] * step_y
     cell, fraction, inside = row_taps(t, table_h, IN_RANGE)
-    sums = contract_columns(as_keys(grad, R, C, BN, NW), b_u, step_x, CW)
+    # Means over the columns, where sums that become float16 again could overflow.
+    PEAK: tl.constexpr = 1.0 / C if RW > 0 else 1.0
+    sums = contract_columns(as_keys(grad, R, C, BN, NW), b_u, step_x, CW, PEAK)
     o_col = start[:, None, None] + tl.arange(0, CW)[None, :, None]
     rows, cols = table_h + 4, table_w + 4
     if RW > 0:
@@ -101,7 +103,8 @@ def bias_gradient(
         if not IN_RANGE:
             t = tl.minimum(tl.maximum(t, -1.0), table_h)
             at_cell = tl.where(inside, at_cell, -1.0)
-        x, grad_y, grad_x = contract_rows(sums.to(grad.dtype), t - origin, at_cell, RW)
+        sums = sums.to(grad.dtype)
+        x, grad_y, grad_x = contract_rows(sums, t - origin, at_cell, RW, 1.0 * C)
         row = first[:, None] + tl.arange(0, RW)[None, :]
         down, right = load_rises(p_table, b_corner, row, row_pitch, table_h, CW)
         o_row = (row + 1)[:, None, :]

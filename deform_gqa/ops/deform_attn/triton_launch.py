@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common.block_sizes import BlockSizes
-from ..common.fixed_point import fixed_point_unit
+from ..common.fixed_point import fixed_point_unit, from_fixed_point
 from ..common.layout import empty_tokens_like
 from ..common.triton_host import (
     Launch,
@@ -364,5 +364,5 @@ def _finish_bias(
     table_h, table_w = call.table_size
     grad_table = grad_table[:, :, 1 : 1 + table_h, 1 : 1 + table_w].sum(0)
     if unit is not None:
-        grad_table = grad_table.double() / unit.double()
+        grad_table = from_fixed_point(grad_table, unit, by_group)
     return by_group, grad_table.to(rpb_table.dtype)

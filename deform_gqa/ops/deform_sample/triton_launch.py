@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.fixed_point import fixed_point_unit
+from ..common.fixed_point import fixed_point_unit, from_fixed_point
 from ..common.triton_host import on_device_of_first_tensor
 
 # Positions and channels of a tile: 16 values a lane of four warps, 8 in backward,
@@ -234,5 +234,5 @@ def deform_sample_backward(
         enable_fp_fusion=True,
     )
     if deterministic:
-        grad_x = grad_x.double() / unit.double()
+        grad_x = from_fixed_point(grad_x, unit, grad_out)
     return grad_x.to(x.dtype), grad_pos

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..common.fixed_point import fixed_point_unit
+from ..common.fixed_point import fixed_point_unit, from_fixed_point
 from ..common.triton_host import on_device_of_first_tensor
 from .triton_bwd import deform_sdpa_bwd_kernel
 from .triton_call import DeformSdpaCall, channels_last
@@ -100,7 +100,10 @@ def deform_sdpa_backward(
     )
     grad_k, grad_v = grad_kv
     if deterministic:
-        grad_k, grad_v = grad_k.double() / units[0], grad_v.double() / units[1]
+        grad_k, grad_v = (
+            from_fixed_point(grad, unit, grad_coords)
+            for grad, unit in zip(grad_kv, units, strict=True)
+        )
     if call.parts(tile) > call.groups:
         grad_coords = grad_coords.unflatten(2, (call.groups, -1)).sum(3)
     # Outputs of an op share no memory: copied even where the dtype stays.

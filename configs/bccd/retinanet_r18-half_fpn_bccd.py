@@ -1,4 +1,4 @@
-"""The yardstick: the same detector and schedule with ResNet-18 at half width."""
+"""The baseline: the same detector and schedule with ResNet-18 at half width."""
 
 _base_ = './retinanet_dat-gqa-mini_fpn_bccd.py'
 

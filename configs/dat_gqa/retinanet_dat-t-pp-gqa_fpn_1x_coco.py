@@ -1,4 +1,4 @@
-"""RetinaNet with DAT-T++ of grouped-query heads: half the kv heads of its twin."""
+"""RetinaNet with DAT-T++ and grouped-query heads: half the kv heads of its base."""
 
 _base_ = '../dat/retinanet_dat-t-pp_fpn_1x_coco.py'
 

@@ -1,4 +1,4 @@
-"""Data for trying detectors out without a download.
+"""Data for trying out detectors without a download.
 
 ``shapes``
     A synthetic instance dataset of textured, overlapping shapes (COCO JSON).

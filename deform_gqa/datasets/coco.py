@@ -77,7 +77,7 @@ def mask_to_polygons(
 def _contours(mask: np.ndarray) -> tuple[Sequence[np.ndarray], np.ndarray | None]:
     """Contours and hierarchy of a (H, W) uint8 mask enlarged twice."""
     # Enlarged, each pixel edge lies between two pixel centres: see _edge_polygon.
-    # OpenCV also treats pixels on the border of the picture unlike others: pad.
+    # OpenCV also treats pixels at the image border differently, hence the padding.
     enlarged = np.pad(mask.repeat(2, axis=0).repeat(2, axis=1), 1)
     return cv2.findContours(
         enlarged, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(-1, -1)

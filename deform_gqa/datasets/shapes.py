@@ -82,7 +82,7 @@ def generate_dataset(
     overwrite: bool = False,
     on_image: Callable[[], None] | None = None,
 ) -> bool:
-    """Write a dataset, or find that it is there already.
+    """Write a dataset unless it is there already.
 
     Everything is written to a folder beside ``out_dir`` that replaces it when it is
     complete, so ``out_dir`` never holds half a dataset.

@@ -9,7 +9,7 @@ CLASSES = ('circle', 'square', 'triangle', 'star', 'cross', 'crescent')
 SPLITS = ('train', 'val')
 MIN_IMAGE_SIZE = 32
 
-# Raise it with every change that alters a byte of the output.
+# Increase it with every change that alters a byte of the output.
 GENERATOR = 'deform_gqa.datasets.shapes'
 GENERATOR_VERSION = 2
 

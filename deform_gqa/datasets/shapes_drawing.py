@@ -38,7 +38,7 @@ class Sample(NamedTuple):
 
 
 class _Shape(NamedTuple):
-    """Mask (h, w) bool of a whole shape and its left upper corner (x, y)."""
+    """Mask (h, w) bool of a whole shape and its upper left corner (x, y)."""
 
     mask: np.ndarray
     corner: tuple[int, int]
@@ -53,7 +53,7 @@ class _Shape(NamedTuple):
 
 
 def make_sample(config: ShapesConfig, split: str, index: int) -> Sample:
-    """Draw image ``index`` of ``split``; the counts of ``config`` are not looked at.
+    """Draw image ``index`` of ``split``; the counts of ``config`` are ignored.
 
     Raises:
         TypeError: if ``index`` is not an integer.
@@ -185,7 +185,7 @@ def _draw_sizes(rng: np.random.Generator, config: ShapesConfig) -> list[float]:
     for choice in rng.choice(len(ranges), count, p=weights / weights.sum()):
         low, high, _ = ranges[choice]
         sizes.append(math.exp(rng.uniform(math.log(low), math.log(high))))
-    # Roughly from large to small, or few small shapes would survive below large ones.
+    # Roughly from large to small, small shapes below large ones would rarely survive.
     keys = np.array(sizes) * rng.uniform(0.6, 1.6, count)
     return [sizes[i] for i in np.argsort(-keys, kind='stable')]
 
@@ -218,7 +218,7 @@ def _place(
 
 
 def _rasterise(polygon: np.ndarray) -> _Shape:
-    """Fill a (P, 2) float outline in pixels, on a canvas that holds all of it."""
+    """Rasterise a (P, 2) float outline, in pixels, on a canvas that holds all of it."""
     corner = np.floor(polygon.min(axis=0)).astype(int) - 1
     columns, rows = np.ceil(polygon.max(axis=0)).astype(int) + 2 - corner
     mask = np.zeros((rows, columns), np.uint8)

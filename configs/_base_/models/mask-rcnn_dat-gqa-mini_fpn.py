@@ -6,7 +6,7 @@ norm_cfg = dict(type='GN', num_groups=8, requires_grad=True)
 roi_extractor = dict(
     roi_layer=dict(sampling_ratio=2),
     out_channels=64,
-    finest_scale=28,  # objects half as large as COCO's
+    finest_scale=28,  # objects are half as large as in COCO
 )
 model = dict(
     backbone=dict(

@@ -1,7 +1,7 @@
 """AdamW with the parameter-wise settings of the DAT recipe, warm-up and cosine.
 
 No weight decay for norms, biases and position tables. The learning rate is for a batch
-of 4; ``--auto-scale-lr`` fits it to another.
+of 4; ``--auto-scale-lr`` adapts it to another.
 """
 
 max_epochs = 24

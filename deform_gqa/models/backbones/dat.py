@@ -58,7 +58,7 @@ class DAT(BaseModule):
 
     Raises:
         TypeError: For an attention option that its class does not take, or an option
-            of another type.
+            of the wrong type.
         ValueError: For any other option out of range, naming it and its value; in
             ``forward`` for images of less than 32 x 32 pixels.
 

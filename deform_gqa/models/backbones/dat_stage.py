@@ -111,5 +111,5 @@ class DATStage(nn.Module):
 
     def _add_lpu(self, x: Tensor, d: int) -> Tensor:
         out = self.local_perception_units[d](x)
-        # Under autocast the convolution is in half precision and the maps are not.
+        # Under autocast, the convolution returns half precision; the maps stay float32.
         return out.add_(x) if out.dtype == x.dtype else out + x

@@ -7,7 +7,7 @@ from deform_gqa.ops.common.backends import check_backend
 
 
 class BaseAttention(nn.Module):
-    """Base class of attention modules: their heads, drop rates and backend, checked.
+    """Base class of attention modules: checks and stores heads, drop rates and backend.
 
     To stand for a block letter of the DAT backbone, a subclass is registered in MODELS
     and its ``forward`` maps (B, C, H, W) to (B, C, H, W) for any H and W. The backbone
@@ -32,7 +32,7 @@ class BaseAttention(nn.Module):
             in training, else 0.
 
     Raises:
-        TypeError: For an option of another type.
+        TypeError: For an option of the wrong type.
         ValueError: For counts that do not divide, a rate out of range, or an unknown
             backend.
     """

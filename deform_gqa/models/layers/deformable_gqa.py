@@ -35,7 +35,7 @@ def reference_points(size: tuple[int, int], like: Tensor) -> Tensor:
 class DeformableGQA(BaseAttention):
     """Deformable attention of DAT with grouped-query heads.
 
-    A small network of the queries predicts, for each cell of a strided grid and each
+    A small network predicts from the queries, for each cell of a strided grid and each
     offset group, where to sample the map; keys and values are projections of these
     samples, shared by all queries. (B, C, H, W) -> (B, C, H, W), any H and W.
 
@@ -67,7 +67,7 @@ class DeformableGQA(BaseAttention):
         backend: Backend of :func:`deform_gqa.ops.deform_attn` and ``deform_sample``.
 
     Raises:
-        TypeError: For an option of another type.
+        TypeError: For an option of the wrong type.
         ValueError: For counts that do not divide, an unknown ``position_bias`` or
             ``backend``, a missing ``table_size``, a stride or kernel below 1, or a rate
             out of range; in ``forward`` for a map of another size than the 'fixed'
@@ -169,7 +169,7 @@ class DeformableGQA(BaseAttention):
         return self.proj_drop(self.proj_out(out))
 
     def sampling_positions(self, q_map: Tensor) -> Tensor:
-        """Where keys are sampled: (B, G, S, 2) in (y, x), [-1, 1] is the map.
+        """Where keys are sampled: (B, G, S, 2) in (y, x); the map spans [-1, 1].
 
         Args:
             q_map: (B, C, H, W), the projected queries.
@@ -218,7 +218,7 @@ class DeformableGQA(BaseAttention):
         return deform_sample(x, pos, backend=self.backend).unsqueeze(2)
 
     def _pool(self, x: Tensor) -> Tensor:
-        """(B, C, Hk, Wk): means of x over the cells, cut off at the border."""
+        """(B, C, Hk, Wk): means of x over cells, which the border may cut off."""
         return F.avg_pool2d(
             x, self.stride, self.stride, ceil_mode=True, count_include_pad=False
         )

@@ -53,6 +53,6 @@ class ConvMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop1(self.linear1(x))
-        # In place: large buffers cost more on a CPU than what is computed in them.
+        # In place: on a CPU, allocating a large buffer costs more than computing it.
         x = self.act(self.dwc(x).add_(x))
         return self.drop2(self.linear2(x))

@@ -17,8 +17,9 @@ class MultiheadGQA(nn.Module):
     outputs are those of ``nn.MultiheadAttention(batch_first=True)`` with the same
     weights, and masks mean the same. The call differs in four ways: the arguments after
     ``value`` come in another order, so pass them by name; inputs have a batch
-    dimension; weights are returned only on demand, with the heads last; and a query
-    that may attend to nothing gets zeros from the attention, not nan.
+    dimension; weights are returned only if asked for, with the heads in the last
+    dimension; and a query that may attend to nothing gets zeros from the attention, not
+    NaN.
 
     The parameters have the names and the initialisation of the original, and its
     checkpoints load. The original's limits on the head dimension (a multiple of 8 up to
@@ -180,7 +181,7 @@ class MultiheadGQA(nn.Module):
         attn_mask: Tensor | None,
         key_padding_mask: Tensor | None,
     ) -> Tensor | None:
-        """One mask that broadcasts to (B, Hq, L, S), True = allowed or additive."""
+        """A mask that broadcasts to (B, Hq, L, S), boolean (True allows) or added."""
         batch, length, num_keys = query.shape[0], query.shape[1], key.shape[1]
         masks = []
         if attn_mask is not None:

@@ -31,7 +31,7 @@ class NeighborhoodAttention(BaseAttention):
         backend: Backend of :func:`deform_gqa.ops.neighborhood_attn`.
 
     Raises:
-        TypeError: For an option of another type.
+        TypeError: For an option of the wrong type.
         ValueError: For head counts that do not divide, a ``kernel_size`` that is even
             or below 3, a ``dilation`` below 1, a rate out of range, an unknown backend.
 

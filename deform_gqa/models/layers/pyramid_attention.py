@@ -26,7 +26,7 @@ class PyramidAttention(BaseAttention):
         proj_drop: Dropout of the output, in [0, 1).
 
     Raises:
-        TypeError: For an option of another type.
+        TypeError: For an option of the wrong type.
         ValueError: For head counts that do not divide, ``sr_ratio`` below 1, or a rate
             out of range.
 

@@ -34,8 +34,8 @@ def relative_position_index(window_size: tuple[int, int]) -> Tensor:
 class WindowAttention(BaseAttention):
     """Attention within windows, with a learnt bias: (B, C, H, W) -> (B, C, H, W).
 
-    Maps that windows do not divide are padded with zeros on the right and at the
-    bottom, as in the official detection code.
+    Maps whose sides are not multiples of the window's are padded with zeros on the
+    right and at the bottom, as in the official detection code.
 
     Args:
         dim: Number of channels C.
@@ -46,7 +46,7 @@ class WindowAttention(BaseAttention):
         proj_drop: Dropout of the output, in [0, 1).
 
     Raises:
-        TypeError: For an option of another type.
+        TypeError: For an option of the wrong type.
         ValueError: For head counts that do not divide, a ``window_size`` below 1, or a
             rate out of range.
 

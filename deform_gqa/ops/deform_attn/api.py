@@ -49,7 +49,7 @@ def deform_attn(
             align_corners=True; Hq % G == 0. float32 (float64 beside a float64 q).
             Needed with ``rpb_table`` only. The backends 'torch' and 'triton' give a key
             whose position is NaN a bias of 0; of naive the outputs are NaN then.
-        rpb_table: (Hq, Th, Tw) learnable bias over relative positions, any floating
+        rpb_table: (Hq, Th, Tw) learned bias over relative positions, any floating
             dtype.
         grid_size: (H, W) of the query map.
         scale: Factor of the logits. Default 1 / sqrt(D).

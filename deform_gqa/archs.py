@@ -2,8 +2,8 @@
 
 It needs nothing but the standard library, so that the benchmark of the ops, which runs
 where no mm package is installed, reads its sizes here too. Lists have one entry for
-each stage. 't', 's' and 'b' are DAT (arXiv 2201.00520) as released in 2022, 't++', 's++' and
-'b++' DAT++ (arXiv 2309.01430) as of 2023, with the values of the official
+each stage. 't', 's' and 'b' are DAT (arXiv 2201.00520) as released in 2022, 't++',
+'s++' and 'b++' DAT++ (arXiv 2309.01430) as of 2023, with the values of the official
 configurations. 'mini' is our own small DAT++, for small images.
 """
 

@@ -48,7 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('suite', choices=SUITES)
-    suite = importlib.import_module(SUITES[parser.parse_args(argv[:1]).suite])
+    name = SUITES[parser.parse_args(argv[:1]).suite]
+    try:
+        suite = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = (error.name or '').split('.')[0]
+        if package in ('', 'deform_gqa'):
+            raise
+        message = f'needs the package {package}, which is not installed'
+        print(f'benchmark.py {argv[0]}: error: {message}', file=sys.stderr)
+        return EXIT_BAD_OPTION
     parser = argparse.ArgumentParser(
         prog=f'benchmark.py {argv[0]}', description=suite.DESCRIPTION
     )

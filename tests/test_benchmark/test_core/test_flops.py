@@ -5,15 +5,16 @@ from torch import nn
 
 from deform_gqa.benchmark.core.flops import count_flops
 from deform_gqa.benchmark.ops.backends import make_call
-from deform_gqa.benchmark.ops.deform_attn import DeformAttnCase
+from deform_gqa.benchmark.ops.case import StageCase
 from deform_gqa.benchmark.ops.deform_sdpa import SdpaSweep, sdpa_cases
-from deform_gqa.benchmark.ops.neighborhood_attn import NeighborhoodAttnCase
+from deform_gqa.benchmark.ops.registry import OP_CASES
 from deform_gqa.benchmark.ops.workload import op_calls
 from deform_gqa.models.layers import DeformableGQA
 
 CASES = [
     case.at_stage((64, 96), 2, 2, 'half')
-    for case in (DeformAttnCase, NeighborhoodAttnCase)
+    for case in OP_CASES.values()
+    if issubclass(case, StageCase)
 ]
 CASES += sdpa_cases(SdpaSweep(((5, 6),), (4,), (2,), (3,), (1,)), ['half'])
 

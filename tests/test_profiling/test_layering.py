@@ -15,6 +15,11 @@ UPPER = ('deform_gqa.benchmark', 'deform_gqa.engine', 'deform_gqa.models')
         ('deform_gqa.profiling.step_timing', (*UPPER, 'mmengine', 'matplotlib')),
         ('deform_gqa.profiling.memory', (*UPPER, 'mmengine', 'matplotlib')),
         ('deform_gqa.engine', ('deform_gqa.benchmark',)),
+        (
+            'deform_gqa.benchmark.compare.suite',
+            ('deform_gqa.benchmark.ops', 'deform_gqa.benchmark.models', 'mmengine'),
+        ),
+        ('deform_gqa.benchmark.gqa_sweep', ('mmengine', 'mmcv', 'mmdet')),
     ],
 )
 def test_imports_nothing_from_above(module, absent):

@@ -62,8 +62,13 @@ def title(report: Report) -> str:
     env = report.environment
     parts = [env['device'], report.options['dtype']]
     if env['device_type'] == 'cpu':
-        parts.append(f'{env["threads"]} threads' if env['threads'] != 1 else '1 thread')
+        parts.append(threads_text(env))
     return ', '.join(parts)
+
+
+def threads_text(environment: Mapping) -> str:
+    count = environment['threads']
+    return '1 thread' if count == 1 else f'{count} threads'
 
 
 def environment_line(environment: Mapping) -> str:

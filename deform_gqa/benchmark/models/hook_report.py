@@ -5,7 +5,7 @@ from typing import Any
 from deform_gqa.profiling.markdown import number, records_table
 
 from ..core import figures
-from ..core.tables import join
+from ..core.tables import join, threads_text
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -24,7 +24,7 @@ def markdown(report: dict[str, Any]) -> str:
     return join(
         '# Overhead of RuntimeBenchmarkHook',
         f'`{report["command"]}`',
-        f'{env["device"]}, {env["threads"]} threads, torch {env["torch"]}, commit '
+        f'{env["device"]}, {threads_text(env)}, torch {env["torch"]}, commit '
         f'{env["commit"]}, {env["date"]}. Load average: {env["load_average"]} on '
         f'{env["cpu_count"]} cores.',
         f'{report["config"]}: {len(report["blocks"])} blocks of {interval} '
@@ -69,7 +69,7 @@ def figure(report: dict[str, Any]):
     figures.legend(drawn)
     env, record = report['environment'], report['summary']['wall']
     drawn.suptitle(
-        f'RuntimeBenchmarkHook, {env["device"]}, {env["threads"]} threads: '
+        f'RuntimeBenchmarkHook, {env["device"]}, {threads_text(env)}: '
         f'{_percent(record["samples"])} by samples'
     )
     return drawn

@@ -7,7 +7,7 @@ import torch
 from cases import DeformAttnCase, draw_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shifted_cases import ATOL, Load, check_load, determinism, loads
+from shifted_cases import ATOL, Load, check_load, check_scaled, determinism, loads
 from torch.testing import assert_close
 from triton_cases import SIZES, tile_sizes
 
@@ -84,6 +84,38 @@ def test_triton(dtype):
             check(case, 'triton', dtype, load)
 
     check_drawn()
+
+
+BACKENDS = ['torch', pytest.param('triton', marks=pytest.mark.interpret)]
+
+
+@pytest.mark.parametrize('shift', [-300, 300])
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_shift_in_the_table(backend, shift):
+    """It reaches queries off the map as well, whose q k^T is 0."""
+    case = DeformAttnCase(1, 2, 1, 1, (3, 5), 18, 8, (3, 4), 0.9, False, 0)
+    inputs = draw_inputs(case, torch.float32)
+    with torch.no_grad():
+        inputs[4].add_(shift)
+    attend = functools.partial(deform_attn, grid_size=case.grid_size)
+    with tile_sizes(SIZES[2]):
+        check_scaled(
+            functools.partial(attend, backend=backend),
+            functools.partial(attend, backend='naive'),
+            inputs,
+            Load(shift, loss_scale=1024, deterministic=False),
+        )
+
+
+@pytest.mark.interpret
+def test_table_beyond_float16():
+    """Cells next to one that hides keys are a weight of 0 away from infinity."""
+    case = DeformAttnCase(1, 1, 1, 1, (2, 3), 3, 8, (9, 9), 0.9, False, 0)
+    inputs = draw_inputs(case, torch.float16)
+    with torch.no_grad():
+        inputs[4][:, 4, 4] = -1e6
+    out = deform_attn(*inputs, grid_size=case.grid_size, backend='triton')
+    assert out.isfinite().all()
 
 
 def run_large(backend, grad, inputs):

@@ -104,3 +104,14 @@ def test_infinite_pixels_leave_the_gradient_of_others():
         out = deform_sample(x, pos, backend='triton')
         (actual,) = torch.autograd.grad(out, x, torch.ones_like(out))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.interpret
+def test_fixed_point_holds_the_sum_of_all_samples():
+    """Of one sign, on one pixel."""
+    x = torch.zeros(1, 1, 3, 3, requires_grad=True)
+    pos = torch.zeros(1, 1, 100, 2)
+    with determinism(True):
+        deform_sample(x, pos, backend='triton').backward(torch.full((1, 1, 100), 7.0))
+    assert x.grad[0, 0, 1, 1] == 700
+    assert x.grad.sum() == 700

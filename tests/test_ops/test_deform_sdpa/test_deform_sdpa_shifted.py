@@ -92,3 +92,15 @@ def test_infinities_show_in_fixed_point_sums(which, large_tiles):
         _, grad_k, grad_v, _ = torch.autograd.grad(out, inputs, grad)
     assert not grad_k.isfinite().any()
     assert not grad_v.isfinite().any()
+
+
+@pytest.mark.interpret
+def test_fixed_point_holds_the_sum_of_all_queries(large_tiles):
+    """Of one sign, on one pixel."""
+    q = torch.zeros(1, 1, 4, 60, 8)
+    k, v = torch.zeros(2, 1, 1, 1, 1, 8, requires_grad=True)
+    coords = torch.zeros(1, 1, 60, 1, 1, 2)
+    out = deform_sdpa(q, k, v, coords, grid_size=(1, 1), backend='triton')
+    with determinism(True):
+        (grad_v,) = torch.autograd.grad(out, v, torch.full_like(out, 7.0))
+    assert (grad_v == 4 * 60 * 7).all()

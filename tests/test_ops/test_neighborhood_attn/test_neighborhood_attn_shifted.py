@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from neighborhood_cases import NeighborhoodCase
-from shifted_cases import ATOL, Load, check_load, loads
+from shifted_cases import ATOL, Load, check_load, check_scaled, loads
 from triton_cases import tile_sizes
 
 from deform_gqa.ops import neighborhood_attn
@@ -70,3 +70,24 @@ def test_triton(dtype):
             check(case, 'triton', dtype, load)
 
     check_drawn()
+
+
+BACKENDS = ['torch', pytest.param('triton', marks=pytest.mark.interpret)]
+
+
+@pytest.mark.parametrize('shift', [-300, 300])
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_shift_in_the_bias(backend, shift):
+    """It reaches queries off the map as well, whose q k^T is 0."""
+    case = NeighborhoodCase(1, 2, 1, (5, 9), 3, 1, 8, True, False, 0)
+    inputs = case.inputs(torch.float32)
+    with torch.no_grad():
+        inputs[3].add_(shift)
+    attend = functools.partial(neighborhood_attn, **case.options())
+    with tile_sizes(SIZES):
+        check_scaled(
+            functools.partial(attend, backend=backend),
+            functools.partial(attend, backend='naive'),
+            inputs,
+            Load(shift, loss_scale=1024, deterministic=False),
+        )

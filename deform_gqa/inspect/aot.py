@@ -126,13 +126,25 @@ def _run_tool(name: str, *arguments: str) -> str:
     ).stdout
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource usage by cuobjdump, SASS by nvdisasm)."""
+@contextlib.contextmanager
+def _file_of(cubin: bytes) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, 'kernel.cubin')
         path.write_bytes(cubin)
-        usage = _run_tool('cuobjdump', '-res-usage', str(path))
-        return usage, _run_tool('nvdisasm', '-c', str(path))
+        yield str(path)
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL and the like by cuobjdump: registers, bytes of a thread."""
+    with _file_of(cubin) as path:
+        text = _run_tool('cuobjdump', '-res-usage', path)
+    return {name: int(value) for name, value in re.findall(r'\b([A-Z]+):(\d+)', text)}
+
+
+def disassemble(cubin: bytes) -> str:
+    """SASS by nvdisasm."""
+    with _file_of(cubin) as path:
+        return _run_tool('nvdisasm', '-c', path)
 
 
 def _kind(instruction: str) -> str:
@@ -154,11 +166,8 @@ def inspect_cubin(
     name: str, arch: int, kernel, pairs_per_iteration: int
 ) -> KernelReport:
     """Reads the cubin of a compiled kernel."""
-    usage, assembly = disassemble(kernel.asm['cubin'])
-    found = {
-        key: int(re.search(rf'\b{key}:(\d+)', usage)[1])
-        for key in ('REG', 'STACK', 'LOCAL')
-    }
+    found = resource_usage(kernel.asm['cubin'])
+    assembly = disassemble(kernel.asm['cubin'])
     code = sass.parse(assembly)
     loop = sass.executed(code, sass.loop_with_exp(code))
     lanes = 32 * kernel.metadata.num_warps

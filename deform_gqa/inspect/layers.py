@@ -158,7 +158,7 @@ def report(launch: aot.Launch, gpu_arch: int) -> LaunchReport:
     kernel = aot.compile_launch(launch, gpu_arch)
     pairs = size['R'] * size['C'] * size['BN']
     used = aot.inspect_cubin(launch.name, gpu_arch, kernel, pairs)
-    code = sass.parse(aot.disassemble(kernel.asm['cubin'])[1])
+    code = sass.parse(aot.disassemble(kernel.asm['cubin']))
     span = sass.loop_with_exp(code)
     loop = [code.instructions[i] for i in sass.executed(code, span)]
     outside = [x for i, x in enumerate(code.instructions) if i not in span]

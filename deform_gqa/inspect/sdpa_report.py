@@ -94,7 +94,7 @@ def report_points(launch: aot.Launch, arch: int) -> PointReport:
     kernel = aot.compile_launch(launch, arch)
     queries, heads = launch.arguments['BQ'], launch.arguments['BR']
     report = aot.inspect_cubin(launch.name, arch, kernel, queries * heads)
-    code = sass.parse(aot.disassemble(kernel.asm['cubin'])[1])
+    code = sass.parse(aot.disassemble(kernel.asm['cubin']))
     names = Counter(sass.opcode(code.instructions[i]) for i in sass.loop_with_exp(code))
 
     def count(*starts: str) -> int:

@@ -52,6 +52,10 @@ TABLE: Table = {
         32: BlockSizes(256, 32, 8, 1),
         64: BlockSizes(256, 16, 8, 1),
     },
+    ('deform_attn_dkdv_dbias', 2, 100): {
+        32: BlockSizes(256, 16, 8, 1),
+        64: BlockSizes(128, 16, 8, 1),
+    },
     ('deform_attn_dkdv', 2, 80): {
         32: BlockSizes(256, 32, 8, 1),
         64: BlockSizes(256, 32, 8, 1),
@@ -165,6 +169,9 @@ def block_sizes(
     """
     sizes = common.tabled_sizes(TABLE, kernel, head_dim, dtype, arch)
     sizes = _for_table(sizes, kernel, features.window)
+    if common.has_small_shared_memory(arch):
+        # Keys are what its share in shared memory grows with, for each stage.
+        sizes = dataclasses.replace(sizes, keys=min(sizes.keys, 32), stages=1)
     if features.dropout:
         return _for_dropout(sizes)
     # Without a bias the tiles of 16-bit keys may be twice as large.

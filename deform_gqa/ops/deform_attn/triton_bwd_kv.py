@@ -44,7 +44,6 @@ from .triton_bias import (
     query_rows,
     row_taps,
 )
-from .triton_fwd import mask_last_tile
 from .triton_key_taps import key_order
 from .triton_pack_table import table_of_head
 
@@ -233,10 +232,10 @@ def deform_attn_dkdv_kernel(
                     p_do_h, do_n, do_d, o_m, m_m, 1.0, p_v, v_s, v_d,
                     o_s, m_s, tl.zeros([R * C, BN], tl.float32), head_dim, PART,
                 )  # fmt: skip
-            # Behind the last key the weight exp2(-lse2) overflows where logits are low.
-            logits = mask_last_tile(logits, m_s, i_tile * BN, num_keys, BN)
+            # Behind the last key exp2(-lse2) would overflow where logits are low: 1 at
+            # most is as good as masked, as such a key is too far out for the table.
             # (M, BN)
-            weights = tl.exp2(logits * scale_log2 - lse2[:, None])
+            weights = tl.exp2(tl.minimum(logits * scale_log2 - lse2[:, None], 0.0))
             dropped = weights
             if DROPOUT:
                 keep = keep_scale(

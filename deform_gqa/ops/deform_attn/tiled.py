@@ -19,6 +19,8 @@ from ..common.tile_attention import (
 )
 from .tiled_bias import (
     AxisTaps,
+    BandBias,
+    BandRows,
     TileBias,
     axis_taps,
     pad_table,
@@ -33,8 +35,9 @@ MAX_WEIGHTS = 2**19
 # A tile has fewer columns where queries are far apart in the table, as the work of the
 # bias grows with the cells that the tile spans.
 TILE_CELLS, MIN_TILE_COLS = 12, 16
-# Tap weights of query rows kept for all columns of tiles. A narrow map has few of
-# these: the taps of all its rows would be more than its weights.
+# Tap weights of the query rows in a band, which are kept for all columns of tiles, and
+# numbers of its bias along x. A narrow map has few columns: the taps of all its rows
+# would be more than its weights.
 MAX_TAPS = 2**21
 
 
@@ -143,11 +146,28 @@ class _Problem:
         with_slopes: bool,
     ) -> Iterator[tuple[slice, slice, TileBias]]:
         """(rows, columns, bias) of the tiles of some pairs, band by band of rows."""
-        num_rows = max(rows.stop - rows.start for rows in row_spans)
-        num_keys = (pairs.stop - pairs.start) * self.k.shape[1]
-        taps = num_keys * num_rows * self._window(0, num_rows)
-        for band in _batched(row_spans, max(1, MAX_TAPS // taps)):
+        for band in _batched(
+            row_spans, self._rows_of_band(pairs, row_spans, col_spans)
+        ):
             yield from self._biased_band(pairs, band, col_spans, with_slopes)
+
+    def _rows_of_band(
+        self, pairs: slice, row_spans: list[slice], col_spans: list[slice]
+    ) -> int:
+        """Spans of rows in a band: as many as memory allows, one at least."""
+        num_keys = (pairs.stop - pairs.start) * self.k.shape[1]
+        num_rows, num_cols = (
+            max(span.stop - span.start for span in spans)
+            for spans in (row_spans, col_spans)
+        )
+        width = max(num_cols, self._window(1, num_cols))
+        taps = num_keys * num_rows * self._window(0, num_rows)
+        count = max(1, min(len(row_spans), MAX_TAPS // taps))
+        while count > 1 and (
+            num_keys * self._window(0, count * num_rows) * width > MAX_TAPS
+        ):
+            count -= 1
+        return count
 
     def _biased_band(
         self,
@@ -160,11 +180,17 @@ class _Problem:
         pair = torch.arange(pairs.start, pairs.stop, device=self.pos.device)
         head = pair % self.num_heads
         row_taps = [self._taps(0, pairs, rows, with_slopes) for rows in row_spans]
-        row_bags = [taps.bags() for taps in row_taps]
+        # Two rows more than the queries reach, as windows are rounded one by one.
+        window = self._window(0, row_spans[-1].stop - row_spans[0].start)
+        size = min(window + 2, self.table.shape[1])
+        start = torch.stack([taps.start for taps in row_taps]).amin(0)
+        start.clamp_(max=self.table.shape[1] - size)
+        band_rows = [BandRows.of(taps, start, size) for taps in row_taps]
         for cols in col_spans:
             col_taps = self._taps(1, pairs, cols, with_slopes)
-            for rows, taps, bags in zip(row_spans, row_taps, row_bags, strict=True):
-                yield rows, cols, TileBias(self.table, head, taps, bags, col_taps)
+            band = BandBias(self.table, head, start, size, col_taps)
+            for rows, of_band in zip(row_spans, band_rows, strict=True):
+                yield rows, cols, TileBias(band, of_band)
 
     def bias(self, tile: _Tile) -> Tensor:
         """(X, S, r * c) in units of ln 2, a new tensor."""

@@ -3,9 +3,10 @@
 Bilinear interpolation is separable: for one key s the bias of a tile of query rows
 and columns is ``A_s T_s C_s^T``, where T_s is the window of the table that the tile
 can reach and A_s, C_s hold the two tap weights of each row and column. The windows
-are small because a tile spans few table cells, so the products cost little. The last
-one of the forward, whose result has the size of the tile, is an embedding bag: it
-reads the two rows that count instead of multiplying all of them.
+are small because queries span few table cells, so the products cost little. Tiles below
+each other share ``T_s C_s^T``, which is made once for a band of them. The other product
+of the forward, whose result has the size of the tile, is an embedding bag: it reads the
+two rows that count instead of multiplying all of them.
 """
 
 import dataclasses
@@ -44,16 +45,6 @@ class AxisTaps:
     lower: Tensor
     weights: Tensor
     with_slopes: Tensor | None
-
-    def bags(self) -> tuple[Tensor, Tensor]:
-        """Rows and weights of the two taps of each query, both (X S n, 2).
-
-        They index the (X S m, ...) rows of a matrix that has a row for each cell.
-        """
-        taps = torch.stack([self.lower, self.lower + 1], dim=-1)
-        first = torch.arange(self.start.numel(), device=taps.device) * self.size
-        rows = taps + first.view(*self.start.shape, 1, 1)
-        return rows.view(-1, 2), self.weights.gather(-1, taps).view(-1, 2)
 
 
 def axis_taps(
@@ -105,45 +96,91 @@ def window_size(num_queries: int, size: int, table_size: int) -> int:
     return min(reach + 3, table_size + 2)
 
 
-class TileBias:
-    """Bias of one tile for some (batch, head) pairs, and its gradients.
+class BandBias:
+    """Bias of a band of query rows along the columns of a tile.
 
-    Shapes: X pairs, S keys, r query rows, c query columns.
+    Shapes: X pairs, S keys, m table rows that the band reaches, c query columns.
 
     Args:
         table: (Hq, Th + 2, Tw + 2) from :func:`pad_table`.
         heads: (X,) head of each pair, int64.
-        rows: Taps of the tile's query rows.
-        row_bags: ``rows.bags()``.
-        cols: Taps of its columns.
+        start: (X, S) first table row of each key, int64.
+        size: m.
+        cols: Taps of the columns; with slopes if gradients are asked for.
     """
 
     def __init__(
-        self,
-        table: Tensor,
-        heads: Tensor,
-        rows: AxisTaps,
-        row_bags: tuple[Tensor, Tensor],
-        cols: AxisTaps,
+        self, table: Tensor, heads: Tensor, start: Tensor, size: int, cols: AxisTaps
     ):
-        self.rows, self.row_bags, self.cols = rows, row_bags, cols
-        table_h, table_w = table.shape[1:]
-        row = torch.arange(rows.size, device=table.device) * table_w
-        cell = row[:, None] + torch.arange(cols.size, device=table.device)
-        corner = heads[:, None] * (table_h * table_w) + (
-            rows.start * table_w + cols.start
+        self.table, self.cols = table, cols
+        # (X, S) where the row and the columns of each key start in the table.
+        self.corner = heads[:, None] * table[0].numel() + cols.start
+        window = self.cells(self.index(start, size), size)
+        self.along_x = (window @ cols.weights.transpose(2, 3)).flatten(0, 2)
+
+    def index(self, start: Tensor, size: int) -> Tensor:
+        """(X S m mx,) flat indices of ``size`` rows from ``start`` (X, S) on."""
+        width = self.table.shape[2]
+        row = torch.arange(size, device=start.device) * width
+        cell = row[:, None] + torch.arange(self.cols.size, device=start.device)
+        corner = self.corner + start * width
+        return (corner[..., None, None] + cell).flatten()
+
+    def cells(self, index: Tensor, size: int) -> Tensor:
+        """(X, S, m, mx) of the table."""
+        cells = self.table.reshape(-1).index_select(0, index)
+        return cells.view(*self.corner.shape, size, self.cols.size)
+
+
+@dataclasses.dataclass
+class BandRows:
+    """Rows of a band's ``along_x`` that the queries of a tile read.
+
+    Attributes:
+        taps: Of the tile's rows of queries.
+        bags: (X S n, 2), the two of each row of queries.
+        weights: (X S n, 2), what they count.
+        window: (X S m,), all in the window of ``taps``.
+    """
+
+    taps: AxisTaps
+    bags: Tensor
+    weights: Tensor
+    window: Tensor
+
+    @classmethod
+    def of(cls, taps: AxisTaps, start: Tensor, size: int) -> 'BandRows':
+        """Those in a band whose table rows are ``size`` from ``start`` (X, S) on."""
+        keys = torch.arange(start.numel(), device=start.device).view_as(start)
+        first = (keys * size + (taps.start - start)).unsqueeze(-1)
+        pair = torch.stack([taps.lower, taps.lower + 1], dim=-1)
+        return cls(
+            taps,
+            (first.unsqueeze(-1) + pair).view(-1, 2),
+            taps.weights.gather(-1, pair).view(-1, 2),
+            (first + torch.arange(taps.size, device=start.device)).flatten(),
         )
-        # (X, S, my, mx): flat indices into the table, and what stands there
-        self.index = corner[..., None, None] + cell
-        self.window = table.reshape(-1)[self.index]
-        self.along_x = self.window @ cols.weights.transpose(2, 3)  # (X, S, my, c)
+
+
+@dataclasses.dataclass
+class TileBias:
+    """Bias of one tile for some (batch, head) pairs, and its gradients.
+
+    Shapes: X pairs, S keys, r query rows, c query columns.
+    """
+
+    band: BandBias
+    rows: BandRows
 
     def value(self) -> Tensor:
         """(X, S, r * c) in units of ln 2."""
-        rows, weights = self.row_bags
-        cells = self.along_x.flatten(0, 2)
-        bias = F.embedding_bag(rows, cells, per_sample_weights=weights, mode='sum')
-        return bias.view(*self.rows.start.shape, -1)
+        bias = F.embedding_bag(
+            self.rows.bags,
+            self.band.along_x,
+            per_sample_weights=self.rows.weights,
+            mode='sum',
+        )
+        return bias.view(*self.rows.taps.start.shape, -1)
 
     def backward(self, grad: Tensor, table_grad: Tensor) -> tuple[Tensor, Tensor]:
         """Adds to ``table_grad`` (Hq * (Th + 2) * (Tw + 2),) in place.
@@ -157,12 +194,15 @@ class TileBias:
         Returns:
             Gradients of the key positions along y and x, each (X, S).
         """
-        grad = grad.unflatten(2, (-1, self.along_x.shape[3]))
-        grad_rows = self.rows.with_slopes.transpose(2, 3) @ grad
-        grad_along_x, slope_y = grad_rows.split(self.rows.size, dim=2)
-        grad_cells = grad_along_x @ self.cols.with_slopes
-        grad_window, slope_x = grad_cells.split(self.cols.size, dim=3)
-        table_grad.index_add_(0, self.index.flatten(), grad_window.flatten())
-        grad_y = (slope_y * self.along_x).sum((2, 3))
-        grad_x = (slope_x * self.window).sum((2, 3))
+        rows, cols = self.rows.taps, self.band.cols
+        grad = grad.unflatten(2, (rows.weights.shape[2], -1))
+        grad_rows = rows.with_slopes.transpose(2, 3) @ grad
+        grad_along_x, slope_y = grad_rows.split(rows.size, dim=2)
+        grad_cells = grad_along_x @ cols.with_slopes
+        grad_window, slope_x = grad_cells.split(cols.size, dim=3)
+        index = self.band.index(rows.start, rows.size)
+        table_grad.index_add_(0, index, grad_window.flatten())
+        along_x = self.band.along_x.index_select(0, self.rows.window)
+        grad_y = (slope_y * along_x.view_as(slope_y)).sum((2, 3))
+        grad_x = (slope_x * self.band.cells(index, rows.size)).sum((2, 3))
         return grad_y.mul_(LN2), grad_x.mul_(LN2)

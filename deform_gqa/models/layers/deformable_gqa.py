@@ -12,6 +12,7 @@ from deform_gqa.ops.common.heads import repeat_kv
 from .base_attention import BaseAttention, check_offset_groups
 from .heads import merge_heads, split_heads
 from .norm import ChannelLayerNorm
+from .pointwise import PointwiseConv
 from .position_bias import POSITION_BIASES, build_position_bias, log_cpb_attention
 
 
@@ -127,10 +128,10 @@ class DeformableGQA(BaseAttention):
             nn.Conv2d(group_dim, 2, 1, bias=False),
         )
         self.conv_offset.requires_grad_(use_offset)
-        self.proj_q = nn.Conv2d(dim, dim, 1)
-        self.proj_k = nn.Conv2d(dim, self.kv_dim, 1)
-        self.proj_v = nn.Conv2d(dim, self.kv_dim, 1)
-        self.proj_out = nn.Conv2d(dim, dim, 1)
+        self.proj_q = PointwiseConv(dim, dim)
+        self.proj_k = PointwiseConv(dim, self.kv_dim)
+        self.proj_v = PointwiseConv(dim, self.kv_dim)
+        self.proj_out = PointwiseConv(dim, dim)
         self.rpe_table = build_position_bias(
             self.position_bias,
             dim,

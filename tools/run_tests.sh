@@ -29,6 +29,13 @@ run_part() {
 run_part 'tests' env -u TRITON_INTERPRET python -m pytest -n 2 -m 'not interpret' "$@"
 run_part 'kernels in the Triton interpreter' \
     env TRITON_INTERPRET=1 python -m pytest -n 2 -m interpret "$@"
+# Code that is clean from one Triton can spill from another.
+OLDER_TRITON=$PWD/.venv/triton-3.6
+if [ -d "$OLDER_TRITON" ]; then
+    run_part 'kernels compiled by Triton 3.6' \
+        env -u TRITON_INTERPRET PYTHONPATH="$OLDER_TRITON${PYTHONPATH:+:$PYTHONPATH}" \
+        python -m pytest -n 2 -m aot "${@:-tests/test_inspect}"
+fi
 
 if [ "$found" = no ]; then
     echo "run_tests.sh stopped: no test was selected; check the options: $*" >&2

@@ -12,8 +12,6 @@ if os.environ.get('TRITON_INTERPRET') == '1':
 from deform_gqa.inspect import aot, sdpa_report
 from deform_gqa.inspect.sdpa_report import all_launches, report_points
 
-pytestmark = pytest.mark.aot
-
 
 def reports(arch, head_dim, dtype, heads_per_kv):
     """Of forward, backward and deterministic backward, none of which spills."""

@@ -12,8 +12,6 @@ if os.environ.get('TRITON_INTERPRET') == '1':
 from deform_gqa.inspect import aot
 from deform_gqa.inspect.representative import neighborhood
 
-pytestmark = pytest.mark.aot
-
 # Instructions per (query, key) pair of a tile, of the loop at borders, the longer one.
 MOST_PER_PAIR = {
     'neighborhood_fwd_kernel': 22,

@@ -19,8 +19,6 @@ from deform_gqa.inspect.representative import (
     sampling,
 )
 
-pytestmark = pytest.mark.aot
-
 DOTS = {'deform_attn_fwd_kernel', 'deform_attn_dq_kernel', 'deform_attn_dkdv_kernel'}
 # Instructions per (query, key) pair: a kernel that got much worse has lost a layout.
 MOST_PER_PAIR = {

@@ -13,7 +13,7 @@ from .patches import MAX_WINDOW, MIN_WINDOW
 # range (tools/kernel_report.py prints them).
 TABLE: Table = {
     ('deform_attn_fwd', 2, 90): {
-        32: BlockSizes(256, 64, 8, 2),
+        32: BlockSizes(256, 64, 16, 1),
         64: BlockSizes(256, 64, 8, 1),
         128: BlockSizes(128, 64, 8, 1),
         256: BlockSizes(64, 64, 8, 1),
@@ -25,7 +25,7 @@ TABLE: Table = {
         256: BlockSizes(64, 64, 8, 1),
     },
     ('deform_attn_dq', 2, 90): {
-        32: BlockSizes(256, 32, 8, 2),
+        32: BlockSizes(256, 64, 16, 1),
         64: BlockSizes(256, 32, 8, 1),
         128: BlockSizes(128, 64, 8, 1),
         256: BlockSizes(64, 32, 8, 1),
@@ -185,6 +185,8 @@ def _for_table(sizes: BlockSizes, kernel: str, window: int) -> BlockSizes:
     """Tiles of keys hold as many columns of the table for each key."""
     fewest_keys = 8 if kernel == 'deform_attn_dbias' or sizes.warps == 4 else 16
     fewest_queries = 64 if window < MAX_WINDOW else 16
+    if window > MIN_WINDOW:  # smaller tiles need fewer warps
+        sizes = dataclasses.replace(sizes, warps=min(sizes.warps, 8))
     while window > MIN_WINDOW:
         window //= 2
         if sizes.keys > fewest_keys:

@@ -18,13 +18,17 @@ so tensor cores interpolate: the weights ``cols`` are shared by the R rows and t
 gathered ``rows`` by the C columns, and nothing is looked up per pair. Stacked heads
 are further rows, each of its own table: what is computed from a position serves all.
 
-Cost, counted from SASS (Triton 3.9, sm_90, bfloat16, D = 32, patches of 16 x 16, steps
-of a detection map; instructions of the inner loop a lane and (query, key, head) pair,
-by ``tools/kernel_report.py``): the forward kernel takes 19, the same loop without a
-bias 9. So the bias costs 10: about 2.5 for the column weights, 2.5 for gathering and
-blending rows, 3 for the product and for moving it into the accumulator of q k^T, the
-rest for coordinates. Other forms were counted, bias included, at 103 (four taps loaded
-a pair) and 70 (a gather along rows blended once).
+Where a program walks over keys (forward, dq), both operands are made in the registers
+in which the lanes of the product hold them (``patch_bias``): the order of k, which is
+free, is chosen so that what a lane needs of a table row are neighbors in memory. Only
+the bias itself then goes through shared memory, on its way to the product q k^T.
+
+Cost, counted from SASS (``tools/kernel_report.py``; Triton 3.9, sm_90, bfloat16,
+D = 32, stage 1 of DAT-T++ on an 800 x 1333 image; executed instructions of the inner
+loop a (query, key, head) pair): forward takes 15.5, without a bias 6.8. With operands
+that move through shared memory (``bias_product``) it took 17.9, three times the clocks
+of shared memory, and 23 barriers a tile in place of 4. Other forms were counted, bias
+included, at 103 (four taps loaded a pair) and 70 (a gather along rows blended once).
 
 With 16-bit inputs weights, rows and bias are float16 (11 bits), which loses less than
 the rounding of a materialised bias to bfloat16, and no more than one to float16.
@@ -189,6 +193,161 @@ def bias_product(
     rows = blend_rows(rows, fraction, CW)
     cols = both_rows(column_weights(b_u, step_x, C, CW, DTYPE), CW)
     return dot(cols, tl.permute(rows, (0, 2, 1)), out_dtype=DTYPE)
+
+
+# 1.5 * 2^23: adding it rounds a float32 below 2^22 to an integer, its lowest bits.
+ROUNDER = tl.constexpr(12582912.0)
+ROUNDER_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def round_with_bits(x):
+    """x rounded to an integer, and that plus ROUNDER_BITS.
+
+    What floor and conversions do, without the units for them, which are few.
+    """
+    x = x + ROUNDER
+    return x - ROUNDER, x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def load_windows(
+    p_taps, col0, step_x, table_h, table_w, row_pitch, BN: tl.constexpr,
+    NW: tl.constexpr, IN_RANGE: tl.constexpr,
+):  # fmt: skip
+    """As ``load_taps``, with rounding for floor.
+
+    Returns:
+        t_y, the corner of each key's window and t_x from half a cell before there, all
+        (BN,), in the order of ``key_order``. The corner is off by what
+        ``fragment_rows`` adds, where it costs nothing.
+    """
+    # (BN / NW, NW): the keys of a warp are neighbors, so each lane loads them at once.
+    o_s = tl.arange(0, BN // NW)[:, None] + tl.arange(0, NW)[None, :] * (BN // NW)
+    b_ty = tl.reshape(tl.load(p_taps + o_s), (BN,))
+    b_tx = tl.reshape(tl.load(p_taps + BN + o_s), (BN,)) + (col0 * step_x + 0.5)
+    # One column of zeros lies before the table, and keys behind the last one far off.
+    start = tl.maximum(b_tx, -0.5)
+    if not IN_RANGE:
+        start = tl.minimum(start, table_w)
+    nearest, bits = round_with_bits(start)
+    corner = (bits & 3) * (table_h + PADDING_ROWS) * row_pitch + (bits >> 2)
+    return b_ty, corner, b_tx - nearest
+
+
+@triton.jit
+def lane_weights(
+    b_u, step, C: tl.constexpr, CW: tl.constexpr, ODD: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """(CW / 8, C / 8, 2, BN, 8, 4) tent weights: every other k of a product's operand.
+
+    k = 16 * i_16 + 8 * i_8 + 2 * lane + ODD; the last two dimensions are its lanes. Of
+    fewer than eight columns, these are the last but one.
+    """
+    C_LANES: tl.constexpr = min(C, 8)
+    i_16 = tl.arange(0, CW // 8)[:, None, None, None, None, None]
+    c_8 = tl.arange(0, C // C_LANES)[None, :, None, None, None, None]
+    i_8 = tl.arange(0, 2)[None, None, :, None, None, None]
+    c = tl.arange(0, C_LANES)[None, None, None, None, :, None]
+    lane = tl.arange(0, 4)[None, None, None, None, None, :]
+    # Four numbers of a lane are for neighbors in the packed table; see fragment_rows.
+    cell = i_16 * 8 + lane // 2 * 4 + i_8 * 2 + ODD
+    shift = (c_8 * 8 + c).to(tl.float32) * step + (0.5 - cell.to(tl.float32))
+    return tent((b_u[None, None, None, :, None, None] + shift).to(DTYPE))
+
+
+@triton.jit
+def fragment_columns(b_u, step, C: tl.constexpr, CW: tl.constexpr, DTYPE: tl.constexpr):
+    """(BN, C, 2 * CW) tent weights of the patch's columns, in the order of k.
+
+    They are made in the registers that the product reads. The join is what holds them
+    there: Triton would give all before it the layout of what stands after it.
+    """
+    BN: tl.constexpr = b_u.shape[0]
+    cols = tl.join(
+        lane_weights(b_u, step, C, CW, 0, DTYPE),
+        lane_weights(b_u, step, C, CW, 1, DTYPE),
+    )
+    # (BN, C / 8, 8, CW / 8, 2, 4, 2)
+    cols = tl.permute(cols, (3, 1, 4, 0, 2, 5, 6))
+    return tl.reshape(cols, (BN, C, 2 * CW))
+
+
+@triton.jit
+def fragment_rows(
+    p_table, b_ty, b_corner, row0, height, table_h, row_pitch, step_y,
+    HS: tl.constexpr, R: tl.constexpr, CW: tl.constexpr, IN_RANGE: tl.constexpr,
+):  # fmt: skip
+    """(BN, 2 * CW, R) weighed table rows, in the order of k.
+
+    Loads have the shape (CW / 8, R / 8, BN, 8, 16): the last two dimensions are the
+    lanes of a product's operand with four numbers each, so nothing changes lanes.
+
+    Args:
+        b_ty, b_corner: (BN,) of ``load_windows``.
+    """
+    BN: tl.constexpr = b_ty.shape[0]
+    DTYPE: tl.constexpr = p_table.dtype.element_ty
+    # (R / 8, 1, 8)
+    i_row = row0 + tl.arange(0, R // 8)[:, None, None] * 8
+    i_row = i_row + tl.arange(0, 8)[None, None, :]
+    row = tl.minimum(i_row // HS, height - 1).to(tl.float32)
+    # (R / 8, BN, 8), half a cell further: rounding is floor then
+    t = b_ty[None, :, None] + (row * step_y + 0.5)
+    if not IN_RANGE:
+        t = tl.minimum(tl.maximum(t, -0.5), table_h + 0.5)
+    nearest, bits = round_with_bits(t)
+    # What turns the bits of t_y and t_x into cells is the same for all keys, and two
+    # sums that overflow cancel.
+    o_head = i_row % HS * (PHASES * (table_h + PADDING_ROWS)) - ROUNDER_BITS
+    o_head = o_head * row_pitch - (ROUNDER_BITS >> 2)
+    o_block = b_corner[None, :, None] + bits * row_pitch + o_head
+    # A lane loads half a block; the compiler must not know that two halves are aligned.
+    m = tl.arange(0, 16)
+    o = (o_block + o_block)[None, :, :, :, None] * 4 + m[None, None, None, None, :]
+    o = o + (tl.arange(0, CW // 8) * 16)[:, None, None, None, None]
+    rows = tl.load(p_table + o)
+    # 1 - f for the upper row of a block, f for the lower one.
+    sign = tl.where(m // 4 % 2 == 0, -1.0, 1.0)
+    weights = 0.5 + (t - nearest)[:, :, :, None] * sign[None, None, None, :]
+    rows = rows * weights.to(DTYPE)[None, :, :, :, :]
+    rows = tl.reshape(rows, (CW // 8, R // 8, BN, 8, 4, 2, 2))
+    rows = tl.permute(rows, (2, 0, 5, 4, 6, 1, 3))
+    return tl.reshape(rows, (BN, 2 * CW, R))
+
+
+@triton.jit
+def patch_bias(
+    p_table, p_taps, row0, col0, height, table_h, table_w, row_pitch, step_y, step_x,
+    HS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
+    CW: tl.constexpr, NW: tl.constexpr, IN_RANGE: tl.constexpr,
+):  # fmt: skip
+    """(BN, C, R) bias of the patch in the dtype of the table.
+
+    Operands of 16 bits are made in the registers that hold them in the product. Those
+    of 32 bits, which it reads in another order, are moved there.
+    """
+    DTYPE: tl.constexpr = p_table.dtype.element_ty
+    if p_table.dtype.element_ty == tl.float32:
+        b_ty, b_corner, _, b_u = load_taps(
+            p_taps, col0, step_x, table_h, table_w, row_pitch, BN, NW
+        )
+        bias = bias_product(
+            p_table, b_ty, b_corner, b_u, row0, height, table_h, row_pitch,
+            step_y, step_x, HS, R, C, CW, IN_RANGE,
+        )  # fmt: skip
+    else:
+        b_ty, b_corner, b_u = load_windows(
+            p_taps, col0, step_x, table_h, table_w, row_pitch, BN, NW, IN_RANGE
+        )
+        rows = fragment_rows(
+            p_table, b_ty, b_corner, row0, height, table_h, row_pitch, step_y,
+            HS, R, CW, IN_RANGE,
+        )  # fmt: skip
+        cols = fragment_columns(b_u, step_x, C, CW, DTYPE)
+        bias = dot(cols, rows, out_dtype=DTYPE)
+    return bias
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from ..common.triton_tiles import (
     row_strides,
     store_rows,
 )
-from .triton_bias import as_patch, bias_product, load_taps
+from .triton_bias import as_patch, patch_bias
 from .triton_fwd import mask_last_tile
 from .triton_pack_table import table_of_head
 
@@ -99,12 +99,9 @@ def deform_attn_dq_kernel(
         b_k = load_columns(p_k, o_s.to(tl.int64), k_s, k_d, m_s, D, DP)
         b_v = load_columns(p_v, o_s.to(tl.int64), v_s, v_d, m_s, D, DP)
         if HAS_BIAS:
-            b_ty, b_corner, _, b_u = load_taps(
-                p_taps + 2 * s0, col0, step_x, table_h, table_w, row_pitch, BN, NW
-            )
-            bias = bias_product(
-                p_table, b_ty, b_corner, b_u, row0, height, table_h, row_pitch,
-                step_y, step_x, HS, R, C, CW, IN_RANGE,
+            bias = patch_bias(
+                p_table, p_taps + 2 * s0, row0, col0, height, table_h, table_w,
+                row_pitch, step_y, step_x, HS, R, C, BN, CW, NW, IN_RANGE,
             )  # fmt: skip
             bias = as_patch(bias, R, C, BN, NW).to(tl.float32)
         else:

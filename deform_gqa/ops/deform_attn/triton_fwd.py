@@ -28,7 +28,7 @@ from ..common.triton_tiles import (
     row_strides,
     store_rows,
 )
-from .triton_bias import as_patch, bias_product, load_taps
+from .triton_bias import as_patch, patch_bias
 from .triton_pack_table import table_of_head
 
 
@@ -38,6 +38,44 @@ def mask_last_tile(x, m_s, s0, num_keys, BN: tl.constexpr):
     if s0 + BN > num_keys:
         x = tl.where(m_s[None, :], x, -float('inf'))
     return x
+
+
+@triton.constexpr_function
+def sums_by_product(dtype, dropout):
+    """Whether the weights are summed as they enter the product with V, in 16 bits.
+
+    Then the sums are a product with ones, for which the tensor cores have time; with
+    dropout what enters is not what the softmax sums.
+    """
+    return dtype != tl.float32 and not dropout
+
+
+@triton.jit
+def zero_row_sums(M: tl.constexpr, DTYPE: tl.constexpr, DROPOUT: tl.constexpr):
+    """(M, 8), the narrowest product, or (M,)."""
+    if sums_by_product(DTYPE, DROPOUT):
+        return tl.zeros([M, 8], tl.float32)
+    else:
+        return tl.zeros([M], tl.float32)
+
+
+@triton.jit
+def add_row_sums(total, weights, decay, DTYPE: tl.constexpr, DROPOUT: tl.constexpr):
+    """total * decay and the sums of the rows of weights (M, BN)."""
+    if sums_by_product(DTYPE, DROPOUT):
+        ones = tl.full([weights.shape[1], 8], 1.0, DTYPE)
+        return dot(weights.to(DTYPE), ones, total * decay[:, None])
+    else:
+        return total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def finish_row_sums(total, DTYPE: tl.constexpr, DROPOUT: tl.constexpr):
+    """(M,) sums; the eight columns of a product are the same."""
+    if sums_by_product(DTYPE, DROPOUT):
+        return tl.max(total, 1)
+    else:
+        return total
 
 
 @triton.jit(do_not_specialize=[
@@ -87,7 +125,7 @@ def deform_attn_fwd_kernel(
     if SCALE_Q:
         b_q = (b_q * q_factor).to(b_q.dtype)
     peak = tl.full([M], -1e30, tl.float32)
-    total = tl.zeros([M], tl.float32)
+    total = zero_row_sums(M, p_k.dtype.element_ty, DROPOUT)
     acc = tl.zeros([M, DP], tl.float32)
     o_row0 = (i_b * num_heads + i_h) * height * width
     # All that the end needs to know of the queries, as registers are scarce.
@@ -100,12 +138,9 @@ def deform_attn_fwd_kernel(
         # (DP, BN)
         b_k = load_columns(p_k, o_s.to(tl.int64), k_s, k_d, m_s, D, DP)
         if HAS_BIAS:
-            b_ty, b_corner, _, b_u = load_taps(
-                p_taps + 2 * s0, col0, step_x, table_h, table_w, row_pitch, BN, NW
-            )
-            bias = bias_product(
-                p_table, b_ty, b_corner, b_u, row0, height, table_h, row_pitch,
-                step_y, step_x, HS, R, C, CW, IN_RANGE,
+            bias = patch_bias(
+                p_table, p_taps + 2 * s0, row0, col0, height, table_h, table_w,
+                row_pitch, step_y, step_x, HS, R, C, BN, CW, NW, IN_RANGE,
             )  # fmt: skip
             bias = as_patch(bias, R, C, BN, NW).to(tl.float32)
         else:
@@ -121,7 +156,7 @@ def deform_attn_fwd_kernel(
         new_peak = tl.maximum(peak, tl.max(logits, 1))
         weights = tl.exp2(logits * scale_log2 - (new_peak * scale_log2)[:, None])
         decay = tl.exp2((peak - new_peak) * scale_log2)
-        total = total * decay + tl.sum(weights, 1)
+        total = add_row_sums(total, weights, decay, p_k.dtype.element_ty, DROPOUT)
         if DROPOUT:
             weights *= keep_scale(
                 seed, dropout_p, (o_row0 + o_row)[:, None], o_s[None, :], num_keys
@@ -131,6 +166,7 @@ def deform_attn_fwd_kernel(
         acc = dot(weights.to(b_v.dtype), b_v, acc * decay[:, None])
         peak = new_peak
 
+    total = finish_row_sums(total, p_k.dtype.element_ty, DROPOUT)
     acc = acc / total[:, None]
     p_out += i_b * out_b + i_h * out_h
     o_out = query_offsets(o_row // num_queries, o_row % num_queries, out_h, out_n)

@@ -72,6 +72,20 @@ def pipes_per_us(report) -> float:
     return 132 * 1755 * 1000 / report.clocks[report.binds]
 
 
+@pytest.mark.parametrize('name', ['fwd', 'dq'])
+def test_bias_hardly_takes_shared_memory(name):
+    """Operands of its product are made where that reads them: no barrier, no detour."""
+    stage = layers.layers((800, 1333))[0]
+    found = layers.launches(stage, 90, torch.bfloat16)
+    launch = next(x for x in found if layers.pass_name(x) == name)
+    report = layers.report(launch, 90)
+    assert report.spill_bytes == 0 and not report.serialised, report
+    assert report.warps_at_once >= 16, report
+    assert report.barriers <= 6, report
+    assert report.clocks['shared'] < 80, report
+    assert report.clocks[report.binds] < 130, report
+
+
 def test_serialised_products_are_what_ptxas_warns_of(monkeypatch):
     stage = layers.layers((800, 1333))[3]
     forward, *_ = layers.launches(stage, 90, torch.bfloat16)

@@ -17,6 +17,9 @@ from deform_gqa.inspect import aot
 from deform_gqa.ops.common import block_sizes as common
 from deform_gqa.ops.common.block_sizes import BlockSizes
 from deform_gqa.ops.deform_attn.block_sizes import block_sizes
+from deform_gqa.ops.neighborhood_attn.block_sizes import (
+    block_sizes as neighborhood_sizes,
+)
 
 CLI = Path(__file__).parents[2] / 'tools/tune_kernels.py'
 BEST = BlockSizes(128, 32, 4, 2)
@@ -76,8 +79,9 @@ def test_candidates(tool):
 @pytest.mark.parametrize('head_dim', [16, 64, 128])
 def test_ops_have_built_in_sizes(tool, head_dim, dtype):
     for op in tool.ops_of(head_dim, dtype):
+        sizes = neighborhood_sizes if op in tool.NEIGHBORHOOD_OPS else block_sizes
         for arch in (80, 90):
-            assert block_sizes(op, head_dim, dtype, arch).keys >= 16
+            assert sizes(op, head_dim, dtype, arch).keys >= 16
 
 
 @pytest.mark.parametrize('op', ['deform_attn_dq', 'neighborhood_fwd'])

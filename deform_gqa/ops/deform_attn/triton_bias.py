@@ -62,8 +62,9 @@ def row_taps(t, table_size, IN_RANGE: tl.constexpr):
 
 @triton.jit
 def tent(distance):
-    """Weight of a cell at a signed distance."""
-    return tl.maximum(1.0 - tl.abs(distance), 0.0)
+    """Weight of a cell at a signed distance, in the dtype of that."""
+    # A plain 0.0 would be float32 in Triton 3.6, and so would be the weight.
+    return tl.maximum(1.0 - tl.abs(distance), tl.zeros_like(distance))
 
 
 @triton.jit

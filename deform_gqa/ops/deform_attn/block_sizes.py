@@ -14,7 +14,7 @@ from .patches import MAX_WINDOW, MIN_WINDOW
 TABLE: Table = {
     ('deform_attn_fwd', 2, 90): {
         32: BlockSizes(256, 64, 16, 1),
-        64: BlockSizes(256, 64, 8, 1),
+        64: BlockSizes(256, 64, 16, 1),
         128: BlockSizes(128, 64, 8, 1),
         256: BlockSizes(64, 64, 8, 1),
     },
@@ -26,7 +26,7 @@ TABLE: Table = {
     },
     ('deform_attn_dq', 2, 90): {
         32: BlockSizes(256, 64, 16, 1),
-        64: BlockSizes(256, 32, 8, 1),
+        64: BlockSizes(256, 32, 16, 1),
         128: BlockSizes(128, 64, 8, 1),
         256: BlockSizes(64, 32, 8, 1),
     },

@@ -52,6 +52,14 @@ TABLE: Table = {
         32: BlockSizes(256, 32, 8, 1),
         64: BlockSizes(256, 16, 8, 1),
     },
+    ('deform_attn_fwd', 2, 100): {
+        32: BlockSizes(256, 64, 8, 1),
+        64: BlockSizes(256, 64, 8, 1),
+    },
+    ('deform_attn_dq', 2, 100): {
+        32: BlockSizes(256, 32, 8, 1),
+        64: BlockSizes(256, 32, 8, 1),
+    },
     ('deform_attn_dkdv_dbias', 2, 100): {
         32: BlockSizes(256, 16, 8, 1),
         64: BlockSizes(128, 16, 8, 1),

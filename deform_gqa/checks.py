@@ -36,6 +36,16 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f'{name} must be a number, got {describe(value)}')
 
 
+def check_bool(name: str, value: Any) -> None:
+    """``True`` or ``False``, and nothing that could be taken for them.
+
+    Raises:
+        TypeError: For anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f'{name} must be a bool, got {describe(value)}')
+
+
 def check_rate(name: str, rate: Any) -> None:
     """A drop rate in [0, 1).
 

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from deform_gqa.checks import check_int, check_number, check_rate, check_size
+from deform_gqa.checks import (
+    check_bool,
+    check_int,
+    check_number,
+    check_rate,
+    check_size,
+)
 
 NO_INTEGERS = [True, False, 2.0, '2', None, np.float32(2), torch.tensor(2)]
 NO_NUMBERS = [True, False, '2', None, 2j, torch.tensor(2.0), np.zeros(1)]
@@ -46,6 +52,14 @@ def test_no_numbers(check, value):
     message = f'must be a number, got .* of type {type(value).__name__}'
     with pytest.raises(TypeError, match=f'scale {message}'):
         check('scale', value)
+
+
+def test_flags():
+    check_bool('log_scalars', True)
+    check_bool('log_scalars', False)
+    for value in (1, 0, 'yes', None, np.True_, torch.tensor(True)):
+        with pytest.raises(TypeError, match=r'log_scalars must be a bool, got .* type'):
+            check_bool('log_scalars', value)
 
 
 def test_rates():

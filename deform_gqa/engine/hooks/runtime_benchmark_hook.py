@@ -16,7 +16,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from deform_gqa.checks import check_int
+from deform_gqa.checks import check_bool, check_int
 from deform_gqa.engine.checkpoint_io import AtomicLocalBackend
 from deform_gqa.engine.hooks.runtime_benchmark_options import (
     check_modules,
@@ -119,8 +119,7 @@ class RuntimeBenchmarkHook(Hook):
         check_int('eval_interval', eval_interval, 1)
         check_int('warmup_iters', warmup_iters, 0)
         check_out_dir(out_dir)
-        if not isinstance(log_scalars, bool):
-            raise TypeError(f'log_scalars must be a bool, got {log_scalars!r}')
+        check_bool('log_scalars', log_scalars)
         self.every = dict(train=interval, val=eval_interval, test=eval_interval)
         self.warmup_iters = warmup_iters
         self.modules = None if modules is None else check_modules(modules)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from deform_gqa import checks as plain_checks
-from deform_gqa.checks import check_rate as check_rate  # a rate is never a symbol
+from deform_gqa.checks import check_bool as check_bool  # neither is ever a symbol
+from deform_gqa.checks import check_rate as check_rate
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

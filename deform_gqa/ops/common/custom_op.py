@@ -3,8 +3,8 @@
 torch.compile sees one opaque node whatever runs inside. An attention op takes the
 backend's name ('torch' or 'triton') last and returns (out, lse), with lse the
 log-sum-exp of the logits (float32; float64 for float64 q); its backward recomputes the
-weights from lse. Neither is differentiable twice. out and the gradient of q have the
-layout that the op asks for; all else is contiguous.
+weights from lse. Neither is differentiable twice, nor in forward mode. out and the
+gradient of q have the layout that the op asks for; all else is contiguous.
 
 Ops are registered with a ``Library`` and not by ``torch.library.custom_op``, whose
 wrappers take 80 us of the host's time in a forward and a backward; this takes 20.
@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd.forward_ad import unpack_dual
 
 from .autocast import without_autocast
 from .backends import implementation
@@ -47,16 +48,27 @@ def define(name: str, schema: str, function: Callable, fake: Callable) -> OpOver
 
 
 class _Once(torch.autograd.Function):
-    """Gradients of an op; those of these raise an error that names it."""
+    """Gradients of an op; those of these raise an error that names it.
+
+    ``sources`` are what they were computed from: torch takes a gradient to be zero
+    where no path leads.
+    """
 
     @staticmethod
-    def forward(ctx, name, *grads):
+    def forward(ctx, name, grads, *sources):
         ctx.name = name
         return tuple(x if x is None else x.view_as(x) for x in grads)
 
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(f'{ctx.name} cannot be differentiated twice')
+
+
+def _check_no_tangents(name: str, inputs: tuple) -> None:
+    """Forward-mode derivatives stop with an error; without it they would be zero."""
+    for x in inputs:
+        if isinstance(x, Tensor) and unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f'{name} has no forward-mode derivative')
 
 
 def register_autograd(op: OpOverload, backward: Callable, save: Callable) -> None:
@@ -84,11 +96,11 @@ def register_autograd(op: OpOverload, backward: Callable, save: Callable) -> Non
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
             with torch.no_grad():
-                grads = backward(ctx, *grads)
-            grads = (x if x is None else x.requires_grad_() for x in grads)
-            return _Once.apply(op.name(), *grads)
+                found = backward(ctx, *grads)
+            return _Once.apply(op.name(), found, *ctx.saved_tensors, *grads)
 
     def dispatch(*inputs):
+        _check_no_tangents(op.name(), inputs)
         needs_grad = torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in inputs
         )

@@ -73,6 +73,7 @@ def deform_attn(
     grid_size = checks.check_grid_size(grid_size, q.shape[2])
     checks.check_rate('dropout_p', dropout_p)
     scale = checks.check_scale(scale, q.shape[3])
+    checks.check_bool('pos_in_range', pos_in_range)
     _check_bias(q, k, pos, rpb_table)
     biased = rpb_table is not None  # without a bias torch's own attention is faster
     backend = choose_backend(

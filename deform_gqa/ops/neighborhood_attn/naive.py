@@ -35,7 +35,7 @@ def neighborhood_attn(
     dropout_p: float,
 ) -> Tensor:
     """See :func:`deform_gqa.ops.neighborhood_attn`."""
-    batch, heads = q.shape[:2]
+    heads = q.shape[1]
     height, width = grid_size
     steps = torch.arange(kernel_size, device=q.device) * dilation
     rows = window_start(height, kernel_size, dilation, q.device)[:, None] + steps
@@ -55,6 +55,4 @@ def neighborhood_attn(
         bias = rpb[:, offset_y, offset_x]  # (Hq, H, W, K, K)
         logits = logits + bias.flatten(1, 2).flatten(2, 3).to(q.dtype)
     weights = F.dropout(logits.softmax(dim=-1), dropout_p)
-    return torch.einsum('bhnk,bhnkd->bhnd', weights, v).reshape(
-        batch, heads, height * width, -1
-    )
+    return torch.einsum('bhnk,bhnkd->bhnd', weights, v)

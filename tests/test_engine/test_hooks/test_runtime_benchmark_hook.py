@@ -371,7 +371,11 @@ def test_config():
             TypeError,
             "warmup_iters must be an integer, got '9' of type str",
         ),
-        (dict(log_scalars=1), TypeError, 'log_scalars must be a bool, got 1'),
+        (
+            dict(log_scalars=1),
+            TypeError,
+            'log_scalars must be a bool, got 1 of type int',
+        ),
         (dict(out_dir=3), TypeError, 'out_dir must be a str or a Path, got 3'),
         (
             dict(out_dir='s3://bucket'),

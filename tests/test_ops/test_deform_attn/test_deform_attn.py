@@ -236,6 +236,44 @@ def test_double_backward_raises():
         grad.sum().backward()
 
 
+def test_second_derivatives_are_never_zero():
+    """Also where torch would take what is not in the graph to be constant."""
+    inputs = CASE.inputs()
+    q = inputs[0]
+    options = dict(grid_size=CASE.grid_size, backend='torch')
+    out = deform_attn(*inputs, **options)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match='differentiated twice'):
+        torch.autograd.grad(grad.sum(), q, allow_unused=True)
+
+    def of_queries(q):
+        return deform_attn(q, *inputs[1:], **options)
+
+    # From the gradient's derivative by the gradient of the output
+    with pytest.raises(RuntimeError, match='differentiated twice'):
+        torch.autograd.functional.jvp(of_queries, (q,), (torch.ones_like(q),))
+
+
+@pytest.mark.parametrize('requires_grad', [True, False])
+def test_forward_mode_derivatives_are_never_zero(requires_grad):
+    inputs = [x.detach().requires_grad_(requires_grad) for x in CASE.inputs()]
+
+    def of_queries(q):
+        options = dict(grid_size=CASE.grid_size, backend='torch')
+        return deform_attn(q, *inputs[1:], **options)
+
+    tangent = torch.ones_like(inputs[0])
+    with pytest.raises(NotImplementedError, match='deform_attn has no forward-mode'):
+        torch.func.jvp(of_queries, (inputs[0].detach(),), (tangent,))
+
+
+def test_lse_has_no_gradient():
+    inputs = CASE.inputs()
+    options = (*CASE.grid_size, 0.3, 0.0, False, 'torch')
+    out, lse = deform_attn_op(*inputs, None, *options)
+    assert out.requires_grad and not lse.requires_grad
+
+
 def test_deterministic():
     first, again = run(CASE, 'torch'), run(CASE, 'torch')
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -277,6 +315,7 @@ def change(index, value):
         (CASE.inputs(), {'scale': float('nan')}, ValueError, 'scale .* got nan'),
         (CASE.inputs(), {'scale': 'a'}, TypeError, "scale .* got 'a' of type str"),
         (CASE.inputs(), {'scale': PARAMETER}, TypeError, 'scale must .* got Parameter'),
+        (CASE.inputs(), {'pos_in_range': 'no'}, TypeError, "a bool, got 'no' of"),
         (CASE.inputs(), {'backend': 'cuda'}, ValueError, "got 'cuda'"),
         (CASE.inputs(), {'backend': 'triton'}, ValueError, "'triton' cannot run"),
     ],

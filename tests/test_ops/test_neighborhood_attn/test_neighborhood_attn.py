@@ -129,9 +129,11 @@ def test_large_logits_stay_finite():
     assert_all_close(outputs_and_gradients(inputs, **options), expected, 1e-8)
 
 
-def test_empty_batch():
+@pytest.mark.parametrize('backend', ['naive', 'torch'])
+def test_empty_batch(backend):
     inputs = make_inputs((8, 9), 3, batch=0)
-    out, *grads = outputs_and_gradients(inputs, grid_size=(8, 9), kernel_size=3)
+    options = dict(grid_size=(8, 9), kernel_size=3, backend=backend)
+    out, *grads = outputs_and_gradients(inputs, **options)
     assert out.shape == (0, 4, 72, 8)
     assert [g.shape for g in grads] == [x.shape for x in inputs]
     assert not grads[3].any()

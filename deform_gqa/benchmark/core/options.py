@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import os
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -147,12 +148,21 @@ def resolve_measure(
 
 
 def check_out(out: str | None) -> None:
-    """Raises OptionError for --out where no folder can be: a file is in the way."""
+    """Raises OptionError for --out where nothing could be written after all the work.
+
+    A file is in the way, or the folder is not ours to write to.
+    """
     if out is None:
         return
-    for path in (Path(out), *Path(out).parents):
-        if path.exists() and not path.is_dir():
-            raise OptionError(f'--out {out!r} cannot be a folder: {path} is a file')
+    paths = Path(out), *Path(out).parents
+    # Not Path.exists(), which raises where it may not look.
+    present = next(path for path in paths if os.path.exists(path))
+    if not present.is_dir():
+        raise OptionError(f'--out {out!r} cannot be a folder: {present} is a file')
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise OptionError(
+            f'--out {out!r} cannot be written: no permission in {present}'
+        )
 
 
 def resolve_threads(args: argparse.Namespace) -> int | None:

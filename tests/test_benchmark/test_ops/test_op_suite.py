@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -52,6 +53,13 @@ def test_wrong_options(benchmark_tool, capsys, options, message):
     assert err.startswith('benchmark.py op: error: ')
     assert message in err
     assert err.count('\n') == 1
+
+
+def test_folder_without_permission(benchmark_tool, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, 'access', lambda path, mode: path != tmp_path)
+    assert benchmark_tool.main(['op', '--out', str(tmp_path / 'a' / 'b')]) == 2
+    assert f'cannot be written: no permission in {tmp_path}' in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_unknown_suite(benchmark_tool, capsys):

@@ -70,8 +70,9 @@ def test_factors_are_numbers(option):
 
 
 def test_ranges():
-    with pytest.raises(ValueError, match="'mlp_ratio' of stage 0 must be positive"):
-        resolve_arch({**ARCHS['mini'], 'mlp_ratio': (-1, 4, 4, 4)})
+    for ratio in (-1, 0):
+        with pytest.raises(ValueError, match="'mlp_ratio' of stage 0 must be positive"):
+            resolve_arch({**ARCHS['mini'], 'mlp_ratio': (ratio, 4, 4, 4)})
     with pytest.raises(ValueError, match='stage 3 must name 2 blocks'):
         resolve_arch({**ARCHS['mini'], 'block_types': ('ND', 'ND', 'ND', 'D')})
     with pytest.raises(ValueError, match="'stem_dim' must be at least 2, got 1"):

@@ -97,3 +97,25 @@ def test_op_without_a_kernel():
     assert unsupported_reason(op, 'torch', device=GPU, **CALL) is None
     reason = unsupported_reason(op, 'triton', device=GPU, **CALL)
     assert reason == f'{op} has no Triton kernel'
+
+
+@pytest.mark.parametrize(('needs_grad', 'most'), [(True, 2**20), (False, 3 * 2**17)])
+def test_naive_is_for_small_calls_on_a_cpu(monkeypatch, needs_grad, most):
+    def chosen(weights):
+        call = dict(device=torch.device('cpu'), **CALL)
+        with torch.set_grad_enabled(needs_grad):
+            return choose_backend('deform_attn', 'auto', weights=weights, **call)
+
+    assert [chosen(most), chosen(most + 1), chosen(None)] == ['naive', 'torch', 'torch']
+    # One graph for all sizes
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    assert chosen(1) == 'torch'
+
+
+def test_head_dimensions_of_the_kernels(gpu_of):
+    gpu_of(9, 0)
+    for head_dim, takes in ((7, False), (8, True), (256, True), (257, False)):
+        call = dict(device=GPU, dtype=torch.float16, head_dim=head_dim)
+        reason = unsupported_reason('deform_attn', 'triton', **call)
+        message = f'Triton kernels take head dimensions 8 to 256, got {head_dim}'
+        assert reason == (None if takes else message)

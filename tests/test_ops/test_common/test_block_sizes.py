@@ -7,6 +7,7 @@ import torch
 
 from deform_gqa.ops.common.block_sizes import (
     BlockSizes,
+    dot_part,
     generation,
     has_small_shared_memory,
     tabled_sizes,
@@ -47,6 +48,66 @@ def test_a_later_generation_names_only_what_differs():
         first,
     ]
     assert sizes(100, 32) == second and sizes(100, 16) == second
+
+
+def test_the_least_dimension_may_have_sizes_of_its_own():
+    own, other = BlockSizes(16, 16, 4, 1), BlockSizes(32, 32, 4, 1)
+    table = {('kernel', 4, 80): {16: own, 32: other}}
+    sizes = [tabled_sizes(table, 'kernel', dim, torch.float32, 80) for dim in (8, 32)]
+    assert sizes == [own, other]
+
+
+def test_dropout_takes_room():
+    """Random numbers need registers: half as many keys, or fewer queries."""
+    dropout = deform_attn.Features(dropout=True)
+    for (kernel, itemsize, arch), by_dim in deform_attn.TABLE.items():
+        dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+        for head_dim in by_dim:
+            ask = kernel, head_dim, dtype, arch
+            plain = deform_attn.block_sizes(*ask)
+            small = deform_attn.block_sizes(*ask, dropout)
+            if plain.keys > 16:
+                assert (small.queries, small.keys) == (plain.queries, plain.keys // 2)
+            else:
+                fewer = 32 if plain.queries == 64 else plain.queries
+                assert (small.queries, small.keys) == (fewer, plain.keys)
+    for (kernel, itemsize, arch), by_dim in neighborhood_attn.TABLE.items():
+        dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+        for head_dim in by_dim:
+            ask = kernel, head_dim, dtype, arch
+            plain = neighborhood_attn.block_sizes(*ask)
+            small = neighborhood_attn.block_sizes(*ask, dropout=True)
+            assert small.keys == plain.keys // 2 and small.warps == 8
+            assert small.queries <= plain.queries
+
+
+def test_a_product_takes_what_registers_hold():
+    assert [dot_part(dim, torch.float32) for dim in (8, 24, 256)] == [16, 32, 32]
+    assert [dot_part(dim, torch.float16) for dim in (8, 100, 256)] == [16, 128, 64]
+
+
+def test_twice_the_keys_without_a_bias():
+    def keys(kernel, head_dim, dtype, bias):
+        features = deform_attn.Features(bias=bias)
+        return deform_attn.block_sizes(kernel, head_dim, dtype, 90, features).keys
+
+    ask = 'deform_attn_dkdv', 64, torch.float16
+    assert keys(*ask, bias=False) == 2 * keys(*ask, bias=True)
+    for ask in (
+        ('deform_attn_dkdv', 128, torch.float16),
+        ('deform_attn_dkdv', 64, torch.float32),
+        ('deform_attn_fwd', 64, torch.float16),
+    ):
+        assert keys(*ask, bias=False) == keys(*ask, bias=True)
+
+
+def test_two_heads_of_deform_sdpa_at_the_largest_dimension():
+    def heads(head_dim, arch):
+        ask = 'deform_sdpa_bwd', head_dim, torch.float16, arch
+        return deform_sdpa.block_sizes(*ask, 8).heads
+
+    assert [heads(256, arch) for arch in (80, 90, 100)] == [2, 2, 2]
+    assert [heads(128, arch) for arch in (80, 90, 100)] == [4, 8, 4]
 
 
 @pytest.mark.parametrize('op', [deform_attn, neighborhood_attn])

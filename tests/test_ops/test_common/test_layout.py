@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deform_gqa.ops import deform_attn, neighborhood_attn
 from deform_gqa.ops.common.layout import empty_tokens_like
@@ -41,3 +42,15 @@ def test_output_and_gradient_of_q(attention):
         assert merges_as_view(out)
         (grad,) = torch.autograd.grad(out, q_of_layout, torch.randn(out.shape))
         assert merges_as_view(grad)
+
+
+def test_traced_gradients_lie_in_memory_as_real_ones():
+    """Whatever the layout of the inputs."""
+    grad_out, out, q, k, v = torch.randn(5, 2, 42, 4, 8).transpose(2, 3)
+    tensors = [grad_out, out, torch.randn(2, 4, 42), q, k, v]
+    backward = torch.ops.deform_gqa.neighborhood_attn_backward
+    options = (None, None, *GRID_SIZE, 0.3, 0.0, 3, 1, 'torch')
+    real = backward(*tensors, *options)
+    with FakeTensorMode() as mode:
+        traced = backward(*map(mode.from_tensor, tensors), *options)
+    assert [x.stride() for x in traced] == [x.stride() for x in real]

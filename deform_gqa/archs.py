@@ -7,10 +7,11 @@ each stage. 't', 's' and 'b' are DAT (arXiv 2201.00520) as released in 2022, 't+
 configurations. 'mini' is our own small DAT++, for small images.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deform_gqa.checks import check_int, check_number
+from deform_gqa.checks import check_bool, check_int, check_number
 
 NUM_STAGES = 4
 
@@ -95,7 +96,7 @@ def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         TypeError: If ``arch`` is neither a string nor a mapping, or an entry that must
-            be a number is not one.
+            be a number, a flag or a string is not one.
         ValueError: For an unknown name or option, a missing option, a value that is not
             a list with one entry for each stage, or a number out of range.
     """
@@ -105,7 +106,7 @@ def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
         arch = ARCHS[arch]
     elif not isinstance(arch, Mapping):
         raise TypeError(f'arch must be a name or a dict, got {type(arch).__name__}')
-    unknown = sorted(set(arch) - set(ARCH_DEFAULTS))
+    unknown = sorted(set(arch) - set(ARCH_DEFAULTS), key=str)
     if unknown:
         raise ValueError(
             f'unknown arch options {unknown}, known: {list(ARCH_DEFAULTS)}'
@@ -123,9 +124,14 @@ def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
                 f'arch option {name!r} must have {NUM_STAGES} entries, got {value!r}'
             )
     _check_numbers(arch)
+    _check_flags(arch)
     for stage, (letters, depth) in enumerate(
         zip(arch['block_types'], arch['depths'], strict=True)
     ):
+        if not isinstance(letters, Sequence):
+            raise TypeError(
+                f'block_types of stage {stage} must be a string, got {letters!r}'
+            )
         if len(letters) != depth:
             raise ValueError(
                 f'block_types of stage {stage} must name {depth} blocks (its depth), '
@@ -147,5 +153,13 @@ def _check_numbers(arch: Mapping[str, Any]) -> None:
                 check_number(option, value)
             else:
                 check_int(option, value, 1)
-            if name == 'mlp_ratio' and value <= 0:
+            if name == 'mlp_ratio' and not 0 < value < math.inf:
                 raise ValueError(f'{option} must be positive, got {value}')
+
+
+def _check_flags(arch: Mapping[str, Any]) -> None:
+    """The string 'False' would be taken for True."""
+    check_bool("arch option 'conv_stem'", arch['conv_stem'])
+    for name in ('use_offsets', 'lpu', 'dwconv_mlp'):
+        for stage, flag in enumerate(arch[name]):
+            check_bool(f'arch option {name!r} of stage {stage}', flag)

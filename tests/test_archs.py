@@ -1,6 +1,7 @@
 """The arch zoo: complete options of every name, and what a wrong dict is told."""
 
 import copy
+import math
 
 import pytest
 
@@ -69,8 +70,27 @@ def test_factors_are_numbers(option):
         resolve_arch({**ARCHS['mini'], option: (1, True, 1, 1)})
 
 
+@pytest.mark.parametrize('option', ['use_offsets', 'lpu', 'dwconv_mlp'])
+def test_flags(option):
+    message = f"'{option}' of stage 1 must be a bool, got 'False' of type str"
+    with pytest.raises(TypeError, match=message):
+        resolve_arch({**ARCHS['mini'], option: (True, 'False', True, True)})
+    with pytest.raises(TypeError, match="'conv_stem' must be a bool, got 'False'"):
+        resolve_arch({**ARCHS['mini'], 'conv_stem': 'False'})
+
+
+def test_letters_are_strings():
+    with pytest.raises(TypeError, match='stage 1 must be a string, got 2'):
+        resolve_arch({**ARCHS['mini'], 'block_types': ('ND', 2, 'ND', 'DD')})
+
+
+def test_unknown_options_of_several_types():
+    with pytest.raises(ValueError, match=r"unknown arch options \[1, 'x'\]"):
+        resolve_arch({**ARCHS['mini'], 'x': 3, 1: 2})
+
+
 def test_ranges():
-    for ratio in (-1, 0):
+    for ratio in (-1, 0, math.nan, math.inf):
         with pytest.raises(ValueError, match="'mlp_ratio' of stage 0 must be positive"):
             resolve_arch({**ARCHS['mini'], 'mlp_ratio': (ratio, 4, 4, 4)})
     with pytest.raises(ValueError, match='stage 3 must name 2 blocks'):

@@ -5,7 +5,10 @@ from deform_gqa.profiling.markdown import number, records_table
 
 @pytest.mark.parametrize(
     ('value', 'text'),
-    [(123.4, '123'), (12.34, '12.3'), (1.234, '1.23'), (0.5, '0.500')],
+    [
+        *((123.4, '123'), (12.34, '12.3'), (1.234, '1.23'), (0.5, '0.500')),
+        *((100, '100'), (10, '10.0'), (1, '1.00'), (0, '0.000')),
+    ],
 )
 def test_number(value, text):
     assert number(value) == text

@@ -1,6 +1,7 @@
 """DAT and DAT++ backbones with grouped-query heads."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from mmdet.registry import MODELS
@@ -136,7 +137,7 @@ class DAT(BaseModule):
     @staticmethod
     def _by_stage(name: str, value, kind: str) -> Sequence:
         """One entry for each stage, from one value for all or from a list."""
-        if value is None or isinstance(value, int):
+        if value is None or isinstance(value, Integral):
             return (value,) * NUM_STAGES
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise TypeError(

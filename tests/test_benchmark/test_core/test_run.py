@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from deform_gqa.benchmark.core import run
 from deform_gqa.benchmark.core.cases import Case, NotRun, Workload
 from deform_gqa.benchmark.core.options import MeasureOptions
 from deform_gqa.benchmark.core.run import expected_failure, measure
@@ -42,6 +43,38 @@ def test_cases_of_a_group_take_turns():
     assert found == [(n, d, 'ok') for d in ('forward', 'train') for n in 'ab']
     assert all(len(row.timing.samples_ms) == 2 for row in rows)
     assert rows[0].work == {'flops': 0, 'images': 3}
+
+
+def test_memory_of_the_first_call_and_what_was_resident(monkeypatch):
+    class FakePeak:
+        extra_mib = None
+
+        def __init__(self, device):
+            pass
+
+        def __enter__(self):
+            assert self.extra_mib is None
+
+        def __exit__(self, *exception):
+            self.extra_mib = 5.0
+
+    monkeypatch.setattr(run, 'PeakMemory', FakePeak)
+    cases = [make_case('a', list), make_case('b', list, resident_mib=20.0)]
+    for groups in ([cases[:1], cases[1:]], [cases]):
+        rows = measure(groups, make_options())
+        found = {(row.case, row.peak_memory_mib) for row in rows}
+        assert found == {('a', 5.0), ('b', 25.0)}
+
+
+def test_the_same_weights_for_every_backend():
+    weights = []
+
+    def build(backend):
+        weights.append(torch.rand(()).item())
+        return Workload(backend, dict.fromkeys(('forward', 'train'), list))
+
+    measure([[Case('a', {}, 1, build)]], make_options(('naive', 'torch')))
+    assert len(weights) == 2 and weights[0] == weights[1]
 
 
 def test_what_cannot_run_is_listed():

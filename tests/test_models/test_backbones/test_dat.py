@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden import check_against_golden, load_golden, load_state, sub_dict
@@ -265,6 +266,7 @@ def test_outputs_and_gradients_of_all_parameters():
 
 
 def test_kv_heads_by_stage():
+    assert mini(num_kv_heads=np.int64(1)).stages[3].attns[0].num_kv_heads == 1
     model = mini(num_kv_heads=(1, 1, 2, 4))
     assert model.stages[0].attns[1].num_kv_heads == 1
     assert model.stages[3].attns[0].num_kv_heads == 4

@@ -7,6 +7,7 @@ from torch import nn
 from deform_gqa.benchmark.core import run
 from deform_gqa.benchmark.core.cases import Case, NotRun, Workload
 from deform_gqa.benchmark.core.options import MeasureOptions
+from deform_gqa.benchmark.core.report import Row
 from deform_gqa.benchmark.core.run import expected_failure, measure
 from deform_gqa.benchmark.core.sampling import Sampling
 
@@ -151,3 +152,9 @@ def test_a_baseline_may_fail():
     with expected_failure(None, is_foreign=True) as failure:
         raise RuntimeError('no such shape')
     assert failure == ['RuntimeError: no such shape']
+
+
+def test_the_limit_that_binds_is_the_longest():
+    row = Row('a', 'triton', 'forward', roofline_us={'exp': 3.0, 'bytes': 5.0})
+    assert row.least_us == 5.0
+    assert Row('a', 'triton', 'forward').least_us is None

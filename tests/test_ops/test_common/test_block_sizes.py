@@ -144,3 +144,6 @@ def test_deform_sdpa_spans_all_lanes(arch):
         tile = deform_sdpa.block_sizes(kernel, head_dim, dtype, arch, sharing)
         assert 1 <= tile.heads <= 8 and tile.queries >= 1
         assert tile.atomic == 1 or arch >= 90
+        # The compiler spills a few where it may choose.
+        is_free = tile.heads == 1 and kernel != 'deform_sdpa_bwd_fixed'
+        assert tile.options.get('maxnreg') == (None if is_free else 255)

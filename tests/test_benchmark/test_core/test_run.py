@@ -158,3 +158,6 @@ def test_the_limit_that_binds_is_the_longest():
     row = Row('a', 'triton', 'forward', roofline_us={'exp': 3.0, 'bytes': 5.0})
     assert row.least_us == 5.0
     assert Row('a', 'triton', 'forward').least_us is None
+    # The files keep the name that users have.
+    assert row.to_json()['floor_us'] == {'exp': 3.0, 'bytes': 5.0}
+    assert Row.from_json(row.to_json()) == row

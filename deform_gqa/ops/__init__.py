@@ -21,12 +21,14 @@ from .deform_attn import deform_attn
 from .deform_sample import deform_sample
 from .deform_sdpa import deform_sdpa
 from .gqa import scaled_dot_product_gqa
+from .ms_deform_attn import ms_deform_attn
 from .neighborhood_attn import neighborhood_attn
 
 __all__ = [
     'deform_attn',
     'deform_sample',
     'deform_sdpa',
+    'ms_deform_attn',
     'neighborhood_attn',
     'scaled_dot_product_gqa',
     'unsupported_reason',

@@ -13,6 +13,10 @@ from deform_gqa.ops.deform_sample.triton_launch import (
     deform_sample_backward,
     deform_sample_forward,
 )
+from deform_gqa.ops.ms_deform_attn.triton_launch import (
+    ms_deform_attn_backward,
+    ms_deform_attn_forward,
+)
 from deform_gqa.ops.neighborhood_attn.triton_launch import (
     neighborhood_attn_backward,
     neighborhood_attn_forward,
@@ -36,6 +40,8 @@ IN_BETWEEN = Maps((100, 100), (13, 13), (111, 111))
 # Images much smaller than those: a query skips cells of the table.
 TINY = Maps((20, 20), (5, 5), (111, 111))
 KERNEL_SIZE = 7
+# Levels of a detection transformer on the same image.
+PYRAMID = ((100, 167), (50, 84), (25, 42), (13, 21))
 
 
 def _once_each(launches: list[aot.Launch]) -> list[aot.Launch]:
@@ -116,3 +122,20 @@ def neighborhood(
         sizes = (launch.arguments.get(name) for name in ('OUT', 'QUERY_GRAD'))
         distinct.setdefault((launch.name, *sizes), launch)
     return list(distinct.values())
+
+
+def multi_scale(
+    arch: int, head_dim: int, dtype: torch.dtype, logits: bool = False
+) -> list[aot.Launch]:
+    """The kernels of ms_deform_attn in the encoder of Deformable DETR."""
+    keys = sum(height * width for height, width in PYRAMID)
+    value = torch.empty(1, keys, 8, head_dim, dtype=dtype)
+    shapes = torch.tensor(PYRAMID)
+    starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
+    locations = torch.empty(1, keys, 8, len(PYRAMID), 4, 2)
+    weights = torch.empty(locations.shape[:-1], dtype=dtype)
+    inputs = value, shapes, starts, locations, weights, logits
+    with aot.record_launches(arch) as launches:
+        out = ms_deform_attn_forward(*inputs)
+        ms_deform_attn_backward(out, out, *inputs)
+    return launches

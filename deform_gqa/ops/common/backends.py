@@ -32,7 +32,7 @@ OPS = {
     'deform_attn': OpModules('deform_attn', 'tiled', 'triton_launch'),
     'deform_sample': OpModules('deform_sample', triton='triton_launch'),
     'deform_sdpa': OpModules('deform_sdpa', 'tiled', 'triton_launch'),
-    'ms_deform_attn': OpModules('ms_deform_attn', 'tiled'),
+    'ms_deform_attn': OpModules('ms_deform_attn', 'tiled', 'triton_launch'),
     'neighborhood_attn': OpModules('neighborhood_attn', 'tiled', 'triton_launch'),
     'scaled_dot_product_gqa': OpModules('gqa'),
 }

@@ -20,7 +20,7 @@ from torch import Tensor
 from .levels import check_levels
 
 # Samples of a tile: few stay in cache; more, in backward, share the sums over the maps.
-SAMPLES_FORWARD, SAMPLES_BACKWARD = 2**15, 2**19
+SAMPLES_FORWARD, SAMPLES_BACKWARD = 2**17, 2**19
 # Pixels around a map. Left and right of it are the end of a row and the begin of the
 # next one.
 BORDER = 2

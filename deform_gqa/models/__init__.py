@@ -4,20 +4,24 @@ from .backbones import DAT
 from .layers import (
     DeformableGQA,
     DepthwiseConv,
+    MSDeformAttn,
     MultiheadGQA,
     NeighborhoodAttention,
     PyramidAttention,
     ShiftedWindowAttention,
     WindowAttention,
 )
+from .swap_attention import swap_attention
 
 __all__ = [
     'DAT',
     'DeformableGQA',
     'DepthwiseConv',
+    'MSDeformAttn',
     'MultiheadGQA',
     'NeighborhoodAttention',
     'PyramidAttention',
     'ShiftedWindowAttention',
     'WindowAttention',
+    'swap_attention',
 ]

@@ -3,6 +3,7 @@
 from .deformable_gqa import DeformableGQA
 from .depthwise import DepthwiseConv
 from .mlp import MLP, ConvMLP
+from .ms_deform_attn import MSDeformAttn
 from .multihead_gqa import MultiheadGQA
 from .neighborhood_attention import NeighborhoodAttention
 from .norm import ChannelLayerNorm
@@ -15,6 +16,7 @@ __all__ = [
     'ConvMLP',
     'DeformableGQA',
     'DepthwiseConv',
+    'MSDeformAttn',
     'MultiheadGQA',
     'NeighborhoodAttention',
     'PyramidAttention',

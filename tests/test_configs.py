@@ -52,9 +52,11 @@ def test_config(path, tmp_path):
     run_pipelines(cfg, tmp_path)
     optim = build_optim_wrapper(model, cfg.optim_wrapper)
 
+    # DINO chooses 900 queries among the pixels of all maps.
+    height = 256 if cfg.model.type == 'swap_attention' else 128
     inputs = demo_mm_inputs(
         2,
-        [[3, 128, 160], [3, 120, 130]],
+        [[3, height, 160 + height - 128], [3, 120, 130]],
         num_classes=num_classes(model) + 1,  # labels drawn: 1 to num_classes
         with_mask='mask_head' in str(cfg.model),
     )

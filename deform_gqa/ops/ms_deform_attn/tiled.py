@@ -252,8 +252,8 @@ def ms_deform_attn_backward(
                     part.copy_(by_location.view(part.shape))
                     part = grad_weights[image, queries, heads]
                     part.copy_(by_weight.view(part.shape))
-                    parts.append((samples.upper, *samples.corners))
-                _scatter(call.levels, parts, grad, grad_maps)
+                    parts.append((samples.upper, samples.lower, *samples.corners))
+                _scatter(parts, grad, grad_maps)
             for level in call.levels:
                 inside = level.inside(grad_maps)
                 part = grad_value[image, level.keys, value_head]
@@ -326,40 +326,27 @@ def _gradients(
     return by_location, by_weight
 
 
-def _scatter(
-    levels: list[Level],
-    parts: list[tuple[Tensor, ...]],
-    grad: Tensor,
-    grad_maps: Tensor,
-) -> None:
+def _scatter(parts: list[tuple[Tensor, ...]], grad: Tensor, grad_maps: Tensor) -> None:
     """Adds to the maps what the samples give.
 
     Sorted by their upper left pixels, the samples of a pixel are a bag; the three
-    other corners have the same bags, one pixel or one row further.
+    other corners have the same bags. No pixel is there twice, so that the order of
+    sums is that of the samples.
 
     Args:
-        parts: ``upper`` and the four ``corners`` of :class:`Samples`, by tiles.
+        parts: ``upper``, ``lower`` and the ``corners`` of :class:`Samples`, by tiles.
         grad: (n, D) of out, of all tiles.
     """
-    upper, *corners = (torch.cat(x) for x in zip(*parts, strict=True))
+    upper, lower, *corners = (torch.cat(x) for x in zip(*parts, strict=True))
     bag_size = upper.shape[1]
     rows, order = upper.flatten().sort(stable=True)
-    begins = torch.searchsorted(
-        rows, torch.arange(len(grad_maps) + 1, device=rows.device, dtype=rows.dtype)
-    )
+    upper, counts = rows.unique_consecutive(return_counts=True)
+    begins = counts.cumsum(0) - counts
+    lower = lower.flatten()[order[begins]]
     bag = order.div(bag_size, rounding_mode='floor')
-    for corner, weights in enumerate(corners):
+    pixels = (upper, upper + 1, lower, lower + 1)
+    for index, weights in zip(pixels, corners, strict=True):
         sums = F.embedding_bag(
-            bag,
-            grad,
-            begins,
-            mode='sum',
-            per_sample_weights=weights.flatten()[order],
-            include_last_offset=True,
+            bag, grad, begins, mode='sum', per_sample_weights=weights.flatten()[order]
         )
-        for level in levels:
-            shift = corner % 2 + corner // 2 * level.row_stride
-            part = level.rows
-            grad_maps[part.start + shift : part.stop].add_(
-                sums[part.start : part.stop - shift]
-            )
+        grad_maps.index_add_(0, index, sums)

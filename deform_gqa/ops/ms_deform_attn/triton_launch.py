@@ -9,12 +9,14 @@ from ..common.triton_host import on_device_of_first_tensor
 from .triton_bwd import ms_deform_attn_bwd_kernel
 from .triton_fwd import ms_deform_attn_fwd_kernel
 
-WARPS = 4
-# Channels of a program: 16 bytes a lane of four warps, in 16-bit values.
-CHANNELS = 32 * WARPS * 8
+# Backward exchanges what it adds between lanes, for atomics of 16 bytes: within one
+# warp that needs no barriers.
+WARPS_FORWARD, WARPS_BACKWARD = 4, 1
+# Channels of a warp: 16 bytes a lane, in 16-bit values.
+CHANNELS = 32 * 8
 
 
-def _constants(value: Tensor, locations: Tensor, logits: bool) -> dict:
+def _constants(value: Tensor, locations: Tensor, logits: bool, warps: int) -> dict:
     heads, levels, points = locations.shape[2:5]
     dim = value.shape[3]
     padded = triton.next_power_of_2(dim)
@@ -25,10 +27,10 @@ def _constants(value: Tensor, locations: Tensor, logits: bool) -> dict:
         POINTS=points,
         D=dim,
         LOGITS=logits,
-        BQ=max(1, CHANNELS // padded),
+        BQ=max(1, warps * CHANNELS // padded),
         BD=padded,
         BE=triton.next_power_of_2(levels * points),
-        num_warps=WARPS,
+        num_warps=warps,
         enable_fp_fusion=True,
     )
 
@@ -57,7 +59,7 @@ def ms_deform_attn_forward(
     if out.numel() == 0:
         return out
     value = _with_channels_in_a_row(value)
-    constants = _constants(value, locations, logits)
+    constants = _constants(value, locations, logits, WARPS_FORWARD)
     ms_deform_attn_fwd_kernel[(_programs(locations, constants['BQ']),)](
         value,
         shapes.contiguous(),
@@ -96,7 +98,7 @@ def ms_deform_attn_backward(
         return grad_value.to(value.dtype), grad_locations, grad_weights
     value = _with_channels_in_a_row(value)
     unit = _unit(grad_out, weights, value, logits) if fixed else None
-    constants = _constants(value, locations, logits)
+    constants = _constants(value, locations, logits, WARPS_BACKWARD)
     ms_deform_attn_bwd_kernel[(_programs(locations, constants['BQ']),)](
         grad_out.contiguous(),
         out,

@@ -107,8 +107,9 @@ def power_of_2(side):
 
 
 @st.composite
-def drawn_cases(draw, max_queries=20, dims=(1, 3, 8, 33)):
-    value_heads = draw(st.integers(1, 3))
+def drawn_cases(draw, max_queries=20, dims=(1, 3, 8, 33), most=3):
+    """``most`` bounds value heads, heads that share one, and points a little above."""
+    value_heads = draw(st.integers(1, most))
     places = draw(st.sampled_from(['near', 'pixels', 'edges']))
     shapes = draw(LEVELS)
     if places == 'pixels':
@@ -116,9 +117,9 @@ def drawn_cases(draw, max_queries=20, dims=(1, 3, 8, 33)):
     return MsDeformCase(
         batch=draw(st.integers(1, 2)),
         queries=draw(st.integers(1, max_queries)),
-        heads=value_heads * draw(st.integers(1, 3)),
+        heads=value_heads * draw(st.integers(1, most)),
         value_heads=value_heads,
-        points=draw(st.integers(1, 5)),
+        points=draw(st.integers(1, most + 1)),
         dim=draw(st.sampled_from(dims)),
         shapes=tuple(shapes),
         places=places,

@@ -37,6 +37,9 @@ def poisoned_memory():
         mock.patch.object(torch, 'empty', poisoned(torch.empty)),
         mock.patch.object(torch, 'empty_like', poisoned(torch.empty_like)),
         mock.patch.object(Tensor, 'new_empty', poisoned(Tensor.new_empty)),
+        mock.patch.object(
+            Tensor, 'new_empty_strided', poisoned(Tensor.new_empty_strided)
+        ),
     ):
         yield
 

@@ -171,7 +171,9 @@ def deform_sample_forward(x: Tensor, pos: Tensor) -> Tensor:
     """x (B, C, H, W) at pos (B, G, S, 2) -> (B, C, S) in (B, S, C) memory."""
     batch, channels, height, width = x.shape
     groups, keys = pos.shape[1:3]
-    out = x.new_empty((batch, keys, channels)).transpose(1, 2)
+    # Not a transposed tensor, as views must not be changed in place behind an op.
+    strides = keys * channels, 1, channels
+    out = x.new_empty_strided((batch, channels, keys), strides)
     if out.numel() == 0:
         return out
     channels //= groups

@@ -30,7 +30,9 @@ from deform_gqa.ops import deform_attn
 from deform_gqa.ops.common.heads import repeat_kv
 from deform_gqa.ops.deform_attn import naive
 from deform_gqa.ops.deform_attn.api import deform_attn_op
+from deform_gqa.ops.deform_attn.triton_call import deform_attn_call
 from deform_gqa.ops.deform_attn.triton_launch import (
+    _forward_launch,
     deform_attn_backward,
     deform_attn_forward,
 )
@@ -107,10 +109,11 @@ def test_large_head_dims(head_dim):
         ((20, 18), (9, 7)),  # sums over patch rows
     ],
 )
-def test_shapes(grid_size, table_size):
+@pytest.mark.parametrize('dtype', list(ATOL))
+def test_shapes(grid_size, table_size, dtype):
     case = dataclasses.replace(CASE, batch=1, heads=1, kv_heads=1, groups=1, keys=9)
     case = dataclasses.replace(case, grid_size=grid_size, table_size=table_size)
-    check(case, torch.float32)
+    check(case, dtype)
 
 
 @pytest.mark.parametrize('scale', [-0.7, 0.0, 1e-4, 3.0])
@@ -119,26 +122,50 @@ def test_scales(scale):
     check(case, torch.float32, scale=scale)
 
 
-def test_positions_on_the_border():
+def assert_close_but_at_positions(actual, expected, dtype):
+    """Gradients of positions jump where these are on cells of the table."""
+    atol = 1e-4 if dtype == torch.float32 else 2e-2
+    for i in (0, 1, 2, 3, 5):
+        assert_close(actual[i].double(), expected[i], rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize('dtype', list(ATOL))
+def test_positions_on_the_border(dtype):
     """|pos| == 1 with the promise that it is never more."""
-    case = dataclasses.replace(CASE, reach=1.0)
-    inputs = draw_inputs(case, torch.float32)
+    case = dataclasses.replace(CASE, batch=1, reach=1.0)
+    inputs = draw_inputs(case, dtype)
     with torch.no_grad():
         inputs[3][:, :, ::2] = inputs[3][:, :, ::2].sign()
     actual = run(case, 'triton', inputs, pos_in_range=True)
-    expected = run(case, 'naive', inputs)
-    for i in (0, 1, 2, 3, 5):  # position gradients jump there
-        assert_close(actual[i], expected[i], rtol=1e-4, atol=1e-4)
+    expected = run(case, 'naive', to_double(inputs))
+    assert_close_but_at_positions(actual, expected, dtype)
 
 
-def test_far_and_non_finite_positions_stay_in_bounds():
-    case = dataclasses.replace(CASE, batch=1)
-    inputs = draw_inputs(case, torch.float32)
+@pytest.mark.parametrize('dtype', list(ATOL))
+def test_positions_on_cells(dtype):
+    """All table coordinates are integers, odd and even, and some outside the table."""
+    case = dataclasses.replace(CASE, batch=1, heads=1, kv_heads=1, groups=1)
+    case = dataclasses.replace(case, table_size=(9, 17))
+    inputs = case.inputs(dtype)
     with torch.no_grad():
-        inputs[3][0, :, 0] = 1e30
-        inputs[3][0, :, 1] = float('inf')
-        inputs[3][0, :, 2] = float('nan')
-    run(case, 'triton', inputs)
+        inputs[3].copy_((inputs[3] * 4).round() / 4 * torch.tensor([2.0, 1.0]))
+    actual = run(case, 'triton', inputs)
+    expected = run(case, 'naive', to_double(inputs))
+    assert_close_but_at_positions(actual, expected, dtype)
+
+
+@pytest.mark.parametrize('dtype', list(ATOL))
+def test_far_and_non_finite_positions_have_no_bias(dtype):
+    case = dataclasses.replace(CASE, batch=1, heads=1, kv_heads=1, groups=1)
+    inputs = draw_inputs(case, dtype)
+    far = [1e30, -1e30, float('inf'), -float('inf'), float('nan')]
+    with torch.no_grad():
+        inputs[3][0, :, : len(far)] = torch.tensor(far)[:, None]
+    actual = run(case, 'triton', inputs)
+    with torch.no_grad():
+        inputs[3][0, :, : len(far)] = 9.0
+    for a, e in zip(actual, run(case, 'triton', inputs), strict=True):
+        assert_close(a, e)
 
 
 @pytest.mark.parametrize('table', [True, False])
@@ -178,6 +205,30 @@ def test_keys_behind_the_last_one(dtype, shift, loss_scale, deterministic):
         check(case, dtype, shift, loss_scale=loss_scale)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_one_key_less_than_a_tile():
+    case = dataclasses.replace(CASE, batch=1, heads=1, kv_heads=1, groups=1, keys=15)
+    case = dataclasses.replace(case, grid_size=(2, 3), table_size=None)
+    inputs = draw_inputs(case, torch.float32)
+    with tile_sizes(SIZES[0]):
+        actual = run(case, 'triton', inputs)
+    for a, e in zip(actual, run(case, 'naive', inputs), strict=True):
+        assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def test_key_taps_of_more_keys_than_a_program_has():
+    case = dataclasses.replace(CASE, batch=1, keys=300)
+    q, k, v, pos, table = (x.detach() for x in case.inputs(torch.float32))
+    call = deform_attn_call(q, k, v, pos, table, case.grid_size, 0.5, 0.0, False)
+    bias, forward = call.cached(_forward_launch)
+    with poisoned_memory():
+        taps, packed = bias.make(pos, table)
+    taps = taps[forward.tile].transpose(3, 4).flatten(2, 3)
+    half = torch.tensor([call.axis_y.half, call.axis_x.half])
+    assert_close(taps[:, :, :300], (1 - pos) * half)
+    assert (taps[:, :, 300:, 1] == -1e30).all()
+    assert packed.isfinite().all()
 
 
 def identity_values(case):

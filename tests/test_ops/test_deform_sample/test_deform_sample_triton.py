@@ -69,6 +69,17 @@ def test_deterministic_mode():
         assert_close(a, e)
 
 
+def test_output_may_be_changed_in_place():
+    inputs = make((1, 4, 5, 7), 2, 6)
+    out = deform_sample(*inputs, backend='triton')
+    out += 1
+    grads = torch.autograd.grad(out.sum(), inputs)
+    expected = torch.autograd.grad(
+        deform_sample(*inputs, backend='naive').sum(), inputs
+    )
+    assert_close(grads, expected)
+
+
 def test_empty_batch():
     inputs = make((0, 6, 5, 7), 3, 4)
     out, grad_x, grad_pos = run(*inputs, 'triton')

@@ -24,6 +24,7 @@ PASSES = {
     'deform_attn_fwd_kernel': 'fwd',
     'deform_attn_dq_kernel': 'dq',
     'deform_attn_dkdv_kernel': 'dkdv',
+    'deform_attn_dkdv_dbias_kernel': 'dkdv',
 }
 
 

@@ -28,6 +28,7 @@ WITH_PRODUCTS = {
     'deform_attn_fwd_kernel',
     'deform_attn_dq_kernel',
     'deform_attn_dkdv_kernel',
+    'deform_attn_dkdv_dbias_kernel',
     'neighborhood_fwd_kernel',
     'neighborhood_dq_kernel',
     'neighborhood_dkdv_kernel',

@@ -21,7 +21,7 @@ def test_one_size_compiles_each_kernel():
         'bias_inputs_kernel',
         'deform_attn_fwd_kernel',
         'deform_attn_dq_kernel',
-        'deform_attn_dkdv_kernel',
+        'deform_attn_dkdv_dbias_kernel',
         'deform_sample_fwd_kernel',
         'deform_sample_bwd_kernel',
     }
@@ -33,4 +33,4 @@ def test_many_sizes_compile_few_kernels():
     # Whatever the size of the image.
     assert found['deform_sample_fwd_kernel'] == found['deform_sample_bwd_kernel'] == 1
     # As often as tiles of another number of keys read the taps.
-    assert found['bias_inputs_kernel'] <= 4
+    assert found['bias_inputs_kernel'] <= 5

@@ -86,6 +86,17 @@ def test_bias_hardly_takes_shared_memory(name):
     assert report.clocks[report.binds] < 130, report
 
 
+def test_weights_stay_in_the_warp_that_made_them():
+    """Where a patch reaches few rows of the table: S^T is an operand as it is."""
+    stage = layers.layers((800, 1333))[0]
+    found = layers.launches(stage, 90, torch.bfloat16)
+    launch = next(x for x in found if layers.pass_name(x) == 'dkdv')
+    assert launch.name == 'deform_attn_dkdv_dbias_kernel'
+    report = layers.report(launch, 90)
+    assert report.spill_bytes == 0, report
+    assert report.clocks[report.binds] < 450, report
+
+
 def test_serialised_products_are_what_ptxas_warns_of(monkeypatch):
     stage = layers.layers((800, 1333))[3]
     forward, *_ = layers.launches(stage, 90, torch.bfloat16)

@@ -52,6 +52,9 @@ TABLE: Table = {
         32: BlockSizes(256, 32, 8, 1),
         64: BlockSizes(256, 16, 8, 1),
     },
+    ('deform_attn_dkdv_dbias_by_warp', 2, 90): {
+        32: BlockSizes(256, 16, 8, 1),
+    },
     ('deform_attn_fwd', 2, 100): {
         32: BlockSizes(256, 64, 8, 1),
         64: BlockSizes(256, 64, 8, 1),
@@ -79,6 +82,9 @@ TABLE: Table = {
     ('deform_attn_dkdv_dbias', 2, 80): {
         32: BlockSizes(256, 16, 8, 1),
         64: BlockSizes(256, 16, 8, 1),
+    },
+    ('deform_attn_dkdv_dbias_by_warp', 2, 80): {
+        32: BlockSizes(256, 16, 8, 1),
     },
     ('deform_attn_fwd', 4, 90): {
         32: BlockSizes(128, 32, 8, 1),
@@ -168,8 +174,9 @@ def block_sizes(
 
     Args:
         kernel: 'deform_attn_fwd', 'deform_attn_dq', 'deform_attn_dkdv' (gradients of k
-            and v), 'deform_attn_dbias' (of pos and the table), or
-            'deform_attn_dkdv_dbias' (all four, of 16-bit inputs with D <= 64).
+            and v), 'deform_attn_dbias' (of pos and the table),
+            'deform_attn_dkdv_dbias' (all four, of 16-bit inputs with D <= 64), or
+            'deform_attn_dkdv_dbias_by_warp' (the same, with D <= 32).
         head_dim: D, 8 to 256.
         dtype: dtype of q.
         arch: Compute capability as 80 or 90.

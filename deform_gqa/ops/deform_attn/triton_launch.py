@@ -26,14 +26,17 @@ from ..common.triton_host import (
 )
 from .block_sizes import fuses_bias_gradient
 from .patches import (
+    MIN_WINDOW,
     Patch,
     choose_backward_patch,
     choose_patch,
     flat_patch,
     rows_window,
+    window_of,
 )
 from .triton_bias_inputs import BiasInputs
 from .triton_bwd_kv import deform_attn_dkdv_kernel
+from .triton_bwd_kv_bias import deform_attn_dkdv_dbias_kernel
 from .triton_bwd_q import deform_attn_dq_kernel
 from .triton_call import DeformAttnCall, deform_attn_call
 from .triton_fwd import deform_attn_fwd_kernel
@@ -62,6 +65,7 @@ class _KeyLaunch(_QueryLaunch):
     Attributes:
         key_grad: Whether it computes the gradients of k and v.
         bias_grad: Whether it computes those of pos and the table.
+        by_warp: Whether it is the kernel of ``triton_bwd_kv_bias.py``.
         splits: Parts of the queries, each with a sum of its own.
         pos_shape: (splits, B, Hq, S, 2).
         table_shape: (copies, Hq, Th + 4, Tw + 4); row and column 0 stand for -1.
@@ -69,6 +73,7 @@ class _KeyLaunch(_QueryLaunch):
 
     key_grad: bool
     bias_grad: bool
+    by_warp: bool
     splits: int
     pos_shape: tuple[int, ...]
     table_shape: tuple[int, ...]
@@ -208,7 +213,7 @@ def deform_attn_backward(
             dtype = torch.float32 if unit is None else torch.int64
             grad_table = q.new_zeros(for_k.table_shape, dtype=dtype)
         for_k.launch(
-            deform_attn_dkdv_kernel,
+            deform_attn_dkdv_dbias_kernel if for_k.by_warp else deform_attn_dkdv_kernel,
             q,
             k,
             v,
@@ -238,15 +243,17 @@ def _backward_launches(
     if not call.has_bias:
         ops = {'deform_attn_dkdv': (True, False)}
     elif fuses_bias_gradient(call.head_dim, call.q.dtype, call.features):
-        ops = {'deform_attn_dkdv_dbias': (True, True)}
+        by_warp = _is_by_warp(call, key_grad=True, bias_grad=True)
+        op = 'deform_attn_dkdv_dbias_by_warp' if by_warp else 'deform_attn_dkdv_dbias'
+        ops = {op: (True, True)}
     else:
         ops = {'deform_attn_dkdv': (True, False), 'deform_attn_dbias': (False, True)}
     query_sizes = call.sizes('deform_attn_dq')
     query_patch = call.patch(query_sizes)
     key_sizes = [call.sizes(op) for op in ops]
     key_patches = [
-        _key_patch(call, sizes.queries, bias_grad)
-        for sizes, (_, bias_grad) in zip(key_sizes, ops.values(), strict=True)
+        _key_patch(call, sizes.queries, *grads)
+        for sizes, grads in zip(key_sizes, ops.values(), strict=True)
     ]
     bias = call.bias_inputs(
         [query_sizes, *key_sizes], [query_patch, *(patch for patch, _ in key_patches)]
@@ -306,16 +313,38 @@ def _key_launch(
     )
     pos_shape = splits, call.batch, call.heads, call.keys, 2
     return _KeyLaunch(
-        launch, sizes.keys, key_grad, bias_grad, splits, pos_shape, table_shape
+        launch,
+        sizes.keys,
+        key_grad,
+        bias_grad,
+        _is_by_warp(call, key_grad, bias_grad),
+        splits,
+        pos_shape,
+        table_shape,
     )
 
 
-def _key_patch(call: DeformAttnCall, most: int, bias_grad: bool) -> tuple[Patch, int]:
+def _is_by_warp(call: DeformAttnCall, key_grad: bool, bias_grad: bool) -> bool:
+    """Whether a launch is of ``triton_bwd_kv_bias.py``: the faster form, if it fits.
+
+    It is at the limit of the registers. Triton 3.6 spills in it where dimensions are
+    masked and in deterministic mode, and more rows of the table would not fit at all.
+    """
+    few_rows = window_of(call.axis_y.step, 16) == MIN_WINDOW
+    small = call.head_dim in (16, 32) and not call.deterministic
+    return key_grad and bias_grad and small and few_rows
+
+
+def _key_patch(
+    call: DeformAttnCall, most: int, key_grad: bool, bias_grad: bool
+) -> tuple[Patch, int]:
     """The patch of the key-parallel kernel, and the table rows summed in it or 0."""
     if not call.has_bias:
         return flat_patch(min(most, 128), call.queries), 0
     if not bias_grad:
         return choose_patch(most, *call.map_size, call.axis_x.step), 0
+    if _is_by_warp(call, key_grad, bias_grad):
+        return Patch(16, most // 16, MIN_WINDOW), MIN_WINDOW
     patch = choose_backward_patch(most, *call.map_size, call.axis_x.step)
     return patch, rows_window(call.axis_y.step, patch.rows)
 

@@ -118,6 +118,8 @@ def test_every_kernel_has_sizes_for_every_architecture(op):
         for head_dim in HEAD_DIMS:
             if kernel == 'deform_attn_dkdv_dbias' and head_dim > 64:
                 continue  # two kernels
+            if kernel == 'deform_attn_dkdv_dbias_by_warp' and head_dim > 32:
+                continue  # the former
             sizes = op.block_sizes(kernel, head_dim, dtype, arch)
             assert min(sizes.queries, sizes.keys) >= 8 and sizes.warps >= 4
 

@@ -35,6 +35,7 @@ from deform_gqa.ops.common.block_sizes import (
 from deform_gqa.ops.common.triton_host import architecture, launches_anew
 from deform_gqa.ops.deform_attn.block_sizes import fuses_bias_gradient
 from deform_gqa.ops.deform_attn.triton_launch import (
+    BY_WARP_HEAD_DIMS,
     deform_attn_backward,
     deform_attn_forward,
 )
@@ -70,7 +71,8 @@ def parse_args() -> argparse.Namespace:
 def ops_of(head_dim: int, dtype: torch.dtype) -> list[str]:
     """The kernels of calls with a bias and without dropout."""
     if fuses_bias_gradient(head_dim, dtype):
-        for_keys = ['deform_attn_dkdv_dbias']
+        by_warp = '_by_warp' if head_dim in BY_WARP_HEAD_DIMS else ''
+        for_keys = [f'deform_attn_dkdv_dbias{by_warp}']
     else:
         for_keys = ['deform_attn_dkdv', 'deform_attn_dbias']
     return ['deform_attn_fwd', 'deform_attn_dq', *for_keys, *NEIGHBORHOOD_OPS]

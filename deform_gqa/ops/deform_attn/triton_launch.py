@@ -48,6 +48,8 @@ MAX_SPLITS = 16
 # Private copies of the table gradient, against atomics that wait for each other.
 MAX_COPIES = 8
 MAX_COPIES_NUMEL = 2**22
+# Of the kernel of triton_bwd_kv_bias.py, which holds all of a head and no padding.
+BY_WARP_HEAD_DIMS = (16, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,7 +333,7 @@ def _is_by_warp(call: DeformAttnCall, key_grad: bool, bias_grad: bool) -> bool:
     masked and in deterministic mode, and more rows of the table would not fit at all.
     """
     few_rows = window_of(call.axis_y.step, 16) == MIN_WINDOW
-    small = call.head_dim in (16, 32) and not call.deterministic
+    small = call.head_dim in BY_WARP_HEAD_DIMS and not call.deterministic
     return key_grad and bias_grad and small and few_rows
 
 

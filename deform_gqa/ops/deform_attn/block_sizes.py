@@ -22,7 +22,7 @@ TABLE: Table = {
         32: BlockSizes(256, 64, 8, 2),
         64: BlockSizes(256, 32, 8, 1),
         128: BlockSizes(128, 32, 8, 1),
-        256: BlockSizes(64, 64, 8, 1),
+        256: BlockSizes(64, 32, 8, 1),
     },
     ('deform_attn_dq', 2, 90): {
         32: BlockSizes(256, 64, 16, 1),
@@ -183,6 +183,9 @@ def block_sizes(
         features: Of the call.
     """
     sizes = common.tabled_sizes(TABLE, kernel, head_dim, dtype, arch)
+    is_masked = head_dim != pad_head_dim(head_dim)
+    if kernel == 'deform_attn_dkdv_dbias' and is_masked:  # which takes registers
+        sizes = dataclasses.replace(sizes, keys=16)
     sizes = _for_table(sizes, kernel, features.window)
     if common.has_small_shared_memory(arch):
         # Keys are what its share in shared memory grows with, for each stage.

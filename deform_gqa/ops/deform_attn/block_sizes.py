@@ -183,8 +183,9 @@ def block_sizes(
         features: Of the call.
     """
     sizes = common.tabled_sizes(TABLE, kernel, head_dim, dtype, arch)
-    is_masked = head_dim != pad_head_dim(head_dim)
-    if kernel == 'deform_attn_dkdv_dbias' and is_masked:  # which takes registers
+    # Masked dimensions and sums in fixed point take registers.
+    takes_more = head_dim != pad_head_dim(head_dim) or features.deterministic
+    if kernel == 'deform_attn_dkdv_dbias' and takes_more:
         sizes = dataclasses.replace(sizes, keys=16)
     sizes = _for_table(sizes, kernel, features.window)
     if common.has_small_shared_memory(arch):

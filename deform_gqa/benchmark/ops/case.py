@@ -4,6 +4,7 @@ Each op has a module with its subclass; ``registry`` lists them. Letters as in
 ``deform_gqa.ops``. Image sizes are (height, width).
 """
 
+import abc
 import argparse
 import dataclasses
 import math
@@ -71,8 +72,8 @@ class Baseline:
 
 
 @dataclasses.dataclass(frozen=True)
-class OpCase:
-    """One call of an op, without its backend; a subclass defines what raises here.
+class OpCase(abc.ABC):
+    """One call of an op, without its backend; a subclass defines what is abstract here.
 
     Attributes:
         op: Name of the op.
@@ -97,14 +98,14 @@ class OpCase:
     # The case
 
     @property
+    @abc.abstractmethod
     def name(self) -> str:
         """Unique among the cases of all ops."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def subject(self) -> str:
         """The case in words, for all numbers of kv heads."""
-        raise NotImplementedError
 
     @property
     def num_queries(self) -> int:
@@ -112,8 +113,9 @@ class OpCase:
         return math.prod(self.grid_size)
 
     @property
+    @abc.abstractmethod
     def keys_per_query(self) -> int:
-        raise NotImplementedError
+        """Keys that a query attends to: S, or K * K."""
 
     @property
     def pairs(self) -> int:
@@ -125,9 +127,9 @@ class OpCase:
         """Vectors that the call samples from the key maps; as many from the others."""
         return 0
 
+    @abc.abstractmethod
     def input_specs(self, dtype: torch.dtype) -> dict[str, Spec]:
         """Shape and dtype of every tensor argument, all of them differentiable."""
-        raise NotImplementedError
 
     def input_bytes(self, dtype: torch.dtype) -> dict[str, int]:
         """What each tensor argument takes."""
@@ -136,9 +138,9 @@ class OpCase:
             for name, (shape, tensor_dtype) in self.input_specs(dtype).items()
         }
 
+    @abc.abstractmethod
     def options(self) -> dict[str, Any]:
         """The other arguments of the op."""
-        raise NotImplementedError
 
     def make_inputs(
         self, device: torch.device, dtype: torch.dtype, seed: int = 0
@@ -160,9 +162,9 @@ class OpCase:
         """
         return 5 * self.pairs if backend in ('naive', 'sdpa-bias') else 0
 
+    @abc.abstractmethod
     def halved(self) -> 'OpCase':
         """The case on a map of half the sides; itself when it cannot shrink."""
-        raise NotImplementedError
 
     def reduced(self, max_pairs: int) -> 'OpCase':
         """The case at batch 1, on a map so small that it has ``max_pairs`` pairs."""
@@ -194,20 +196,22 @@ class OpCase:
 
     # The suites
 
-    @classmethod
+    @classmethod  # noqa: B027  most ops have none
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Options of this op alone; the default None stands for cases of its own."""
 
     @classmethod
     def resolve_options(cls, args: argparse.Namespace) -> Any:
         """The op's own options, checked; ``OpOptions.own`` has them by op."""
+        return None
 
     @classmethod
+    @abc.abstractmethod
     def select(cls, options: 'OpOptions') -> 'list[OpCase]':
         """The cases that the options ask for, once each."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def for_sweep(
         cls,
         stage: int,
@@ -217,7 +221,6 @@ class OpCase:
         cuda: bool,
     ) -> 'OpCase':
         """The case to measure over its kv heads; it chooses a batch of None."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,9 +272,9 @@ class StageCase(OpCase):
         return [stage for stage in STAGES if cls.layers_of(stage)]
 
     @classmethod
+    @abc.abstractmethod
     def own_fields(cls, stage: int, grid_size: tuple[int, int]) -> dict[str, Any]:
         """Fields of the subclass; may replace the grid size."""
-        raise NotImplementedError
 
     @classmethod
     def at_stage(

@@ -162,9 +162,9 @@ class OpCase(abc.ABC):
         """
         return 5 * self.pairs if backend in ('naive', 'sdpa-bias') else 0
 
-    @abc.abstractmethod
     def halved(self) -> 'OpCase':
         """The case on a map of half the sides; itself when it cannot shrink."""
+        return self
 
     def reduced(self, max_pairs: int) -> 'OpCase':
         """The case at batch 1, on a map so small that it has ``max_pairs`` pairs."""
@@ -206,9 +206,9 @@ class OpCase(abc.ABC):
         return None
 
     @classmethod
-    @abc.abstractmethod
     def select(cls, options: 'OpOptions') -> 'list[OpCase]':
-        """The cases that the options ask for, once each."""
+        """The cases that the options ask for, once each; none of a sweep's own op."""
+        return []
 
     @classmethod
     @abc.abstractmethod

@@ -235,7 +235,8 @@ def deform_attn_dkdv_kernel(
             # Behind the last key exp2(-lse2) would overflow where logits are low: 1 at
             # most is as good as masked, as such a key is too far out for the table.
             # (M, BN)
-            weights = tl.exp2(tl.minimum(logits * scale_log2 - lse2[:, None], 0.0))
+            exponent = logits * scale_log2 - lse2[:, None]
+            weights = tl.exp2(tl.minimum(exponent, 0.0, tl.PropagateNan.ALL))
             dropped = weights
             if DROPOUT:
                 keep = keep_scale(

@@ -311,7 +311,8 @@ def deform_attn_dkdv_dbias_kernel(
                 lse2 = tl.load(p_lse + o_bh + o_m)
                 lse2 = tl.where(m_m, lse2 * LOG2E, float('inf'))[:, None, :]
                 # As in triton_bwd_kv.py, 1 at most is as good as masking absent keys.
-                weights = tl.exp2(tl.minimum(logits * scale_log2 - lse2, 0.0))
+                exponent = logits * scale_log2 - lse2
+                weights = tl.exp2(tl.minimum(exponent, 0.0, tl.PropagateNan.ALL))
                 delta = tl.load(p_delta + o_bh + o_m)
                 delta = delta[:, None, :]
                 b_do = load_by_warp(p_do_h, o_m, do_n, do_d, D, DP)

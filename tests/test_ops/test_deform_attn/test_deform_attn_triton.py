@@ -207,6 +207,23 @@ def test_keys_behind_the_last_one(dtype, shift, loss_scale, deterministic):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize('table_size', [(9, 9), (5, 5)])  # a kernel of dk/dv each
+@pytest.mark.parametrize('poisoned', [0, 1])
+def test_nan_reaches_every_gradient(poisoned, table_size):
+    """A bound of the weights must not make numbers of what is none."""
+    case = dataclasses.replace(
+        CASE, batch=1, heads=1, kv_heads=1, groups=1, grid_size=(16, 16), reach=1.0,
+        table_size=table_size,
+    )  # fmt: skip
+    inputs = draw_inputs(case, torch.float16)
+    with torch.no_grad():
+        inputs[poisoned][0, 0, 3, 2] = float('nan')
+    actual = run(case, 'triton', inputs, pos_in_range=True)
+    naive_ones = run(case, 'naive', inputs, pos_in_range=True)
+    for a, n in zip(actual, naive_ones, strict=True):
+        assert n.isnan().any() and a.isnan()[n.isnan()].all()
+
+
 def test_one_key_less_than_a_tile():
     case = dataclasses.replace(CASE, batch=1, heads=1, kv_heads=1, groups=1, keys=15)
     case = dataclasses.replace(case, grid_size=(2, 3), table_size=None)

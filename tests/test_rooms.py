@@ -24,7 +24,7 @@ LEVELS = (
     ('deform_gqa.engine',),
     ('deform_gqa.benchmark',),
     ('deform_gqa.inspect', 'projects'),
-    ('tools',),
+    ('tools', 'deform_gqa.__main__'),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # What a room may import besides the standard library and this package.

@@ -136,9 +136,10 @@ def op_cases(arguments: list[str]) -> Iterator[tuple[OpCase, torch.dtype]]:
 
 
 def run_case(case: OpCase, dtype: torch.dtype) -> None:
-    inputs = leaves(case.make_inputs(torch.device('cpu'), dtype), None)
+    cpu = torch.device('cpu')
+    inputs = leaves(case.make_inputs(cpu, dtype), None)
     call = make_call(case, 'triton')
-    run(call, inputs, torch.empty_like(inputs['q']))
+    run(call, inputs, case.make_grad_out(cpu, dtype))
     with torch.no_grad():
         call(inputs)
 

@@ -270,7 +270,8 @@ def build_op(case: OpCase, options: ModelOptions, backend: str) -> Workload:
             backend = choose_backend(case.op, backend, **where)
         workload = build_workload(case, device, dtype, backend)
     elif backend == 'auto':
-        calls = op_calls(gqa.attend, case.make_inputs(device, dtype))
+        inputs = case.make_inputs(device, dtype)
+        calls = op_calls(gqa.attend, inputs, case.make_grad_out(device, dtype))
         workload = Workload(PLAIN, calls)
     else:
         reason = f'{gqa.OP} runs torch SDPA and has no backends'

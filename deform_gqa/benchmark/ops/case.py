@@ -81,6 +81,9 @@ class OpCase(abc.ABC):
         coordinates: Inputs whose gradients have kinks; the gate is more lenient.
         sweep_options: Options of ``gqa-sweep`` that have an effect on the op.
         options_name: What the report calls the op's own options, if it has some.
+        products: Products of D multiply-adds a pair, in forward and in backward.
+        sampled_maps: Maps that a sample is taken from.
+        has_softmax: The op normalises the weights; else they are an argument.
     """
 
     op: ClassVar[str]
@@ -88,6 +91,10 @@ class OpCase(abc.ABC):
     coordinates: ClassVar[tuple[str, ...]] = ()
     sweep_options: ClassVar[tuple[str, ...]] = ()
     options_name: ClassVar[str | None] = None
+    # q k^T and P v; then once more q k^T, and dO v^T, P^T dO, dS k, dS^T q.
+    products: ClassVar[tuple[int, int]] = (2, 5)
+    sampled_maps: ClassVar[int] = 2  # of keys and of values
+    has_softmax: ClassVar[bool] = True
 
     batch: int
     num_heads: int
@@ -124,7 +131,7 @@ class OpCase(abc.ABC):
 
     @property
     def samples(self) -> int:
-        """Vectors that the call samples from the key maps; as many from the others."""
+        """Vectors that the call samples from each of its ``sampled_maps``."""
         return 0
 
     @abc.abstractmethod
@@ -138,6 +145,14 @@ class OpCase(abc.ABC):
             for name, (shape, tensor_dtype) in self.input_specs(dtype).items()
         }
 
+    def output_spec(self, dtype: torch.dtype) -> Spec:
+        """Shape and dtype of the output: those of q, if the case says nothing else."""
+        return self.input_specs(dtype)['q']
+
+    def output_bytes(self, dtype: torch.dtype) -> int:
+        shape, dtype = self.output_spec(dtype)
+        return math.prod(shape) * dtype.itemsize
+
     @abc.abstractmethod
     def options(self) -> dict[str, Any]:
         """The other arguments of the op."""
@@ -145,7 +160,10 @@ class OpCase(abc.ABC):
     def make_inputs(
         self, device: torch.device, dtype: torch.dtype, seed: int = 0
     ) -> dict[str, Tensor]:
-        """Random arguments that require gradients; same seed, same values."""
+        """Random arguments; same seed, same values.
+
+        Those of ``input_specs`` require gradients; a case may add tensors of integers.
+        """
         generator = torch.Generator(device).manual_seed(seed)
         return {
             name: torch.randn(shape, generator=generator, device=device)
@@ -153,6 +171,11 @@ class OpCase(abc.ABC):
             .requires_grad_()
             for name, (shape, dtype_of_input) in self.input_specs(dtype).items()
         }
+
+    def make_grad_out(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Random gradient of the output."""
+        shape, dtype = self.output_spec(dtype)
+        return torch.randn(shape, dtype=dtype, device=device)
 
     def pair_values(self, backend: str) -> float:
         """About how many float32 values of pairs are in memory at the peak.

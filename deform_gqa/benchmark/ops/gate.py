@@ -40,9 +40,14 @@ class Results:
 def leaves(
     inputs: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Copies that require gradients, in another dtype if one is given."""
+    """Copies that require gradients, in another dtype if one is given.
+
+    Integers have no gradients and stay as they are.
+    """
     return {
         name: x.detach().to(dtype or x.dtype).requires_grad_()
+        if x.is_floating_point()
+        else x
         for name, x in inputs.items()
     }
 
@@ -79,7 +84,7 @@ class Gate:
         if backend == REFERENCE or (case, backend) in self._passed:
             return
         inputs = case.make_inputs(self.device, self.dtype)
-        grad_out = torch.randn_like(inputs['q'])
+        grad_out = case.make_grad_out(self.device, self.dtype)
         naive = make_call(case, REFERENCE)
         exact = leaves(inputs, torch.float64)
         reference = run(naive, exact, grad_out.double())

@@ -6,36 +6,25 @@ width, height, scale)``. It gives no gradient of the coordinates. No part of it 
 here.
 """
 
-import contextlib
-import importlib
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ..core.errors import OptionError
 from .case import Baseline, Call, OpCase
+from .user_copy import UserCopy
 
 NAME = 'published'
-PATH_VARIABLE = 'DEFORM_SDPA_PUBLISHED'
+COPY = UserCopy('DEFORM_SDPA_PUBLISHED', 'ops.triton', 'deform_sdpa_triton')
 HEAD_DIMS = (16, 32, 64, 128, 256)
-
-
-def folder() -> Path | None:
-    """The user's copy of the repository; None if the variable is not set."""
-    path = os.environ.get(PATH_VARIABLE)
-    return Path(path) if path else None
 
 
 def unsupported_reason(
     case: OpCase, device: torch.device, dtype: torch.dtype
 ) -> str | None:
     """Why it cannot compute ``case``, or None."""
-    if folder() is None:
-        return f'{PATH_VARIABLE} names no folder with the repository'
+    if not COPY.is_available():
+        return COPY.missing_reason()
     if device.type != 'cuda':
         return 'the published kernel runs on CUDA only'
     if dtype == torch.bfloat16:
@@ -47,36 +36,9 @@ def unsupported_reason(
     return None
 
 
-@contextlib.contextmanager
-def _imports_from(path: Path) -> Iterator[None]:
-    sys.path.insert(0, str(path))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(path))
-
-
-def load() -> Callable[..., Tensor]:
-    """``deform_sdpa_triton`` of the user's copy.
-
-    Raises:
-        OptionError: If the folder does not hold it.
-    """
-    path = folder()
-    if path is None:
-        raise OptionError(f'{PATH_VARIABLE} is not set')
-    try:
-        with _imports_from(path):
-            return importlib.import_module('ops.triton').deform_sdpa_triton
-    except (ImportError, AttributeError) as error:
-        raise OptionError(
-            f'{PATH_VARIABLE}={path} holds no ops.triton.deform_sdpa_triton: {error}'
-        ) from error
-
-
 def call(case: OpCase) -> Call:
     """The function from the case's tensors to its output."""
-    op = load()
+    op = COPY.load()
     height, width = case.grid_size
 
     def run(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -86,9 +48,4 @@ def call(case: OpCase) -> Call:
     return run
 
 
-BASELINE = Baseline(
-    call,
-    unsupported_reason,
-    is_available=lambda: folder() is not None,
-    constants=('coords',),
-)
+BASELINE = Baseline(call, unsupported_reason, COPY.is_available, constants=('coords',))

@@ -5,9 +5,10 @@ pair, the products of attention, every argument and result moved once. Backward
 recomputes the weights instead of storing them. The bias costs more than nothing; it
 is left out, as it depends on the method.
 
-deform_sdpa interpolates besides: four corners a sample, of a key and of a value. The
-corners that it gathers are counted, but give no limit: they come from caches, and on
-small maps the products of whole maps do without them.
+deform_sdpa and ms_deform_attn interpolate: four corners a sample, of a key and of a
+value, or of a value alone. The corners that are gathered are counted, but give no
+limit: they come from caches, and on small maps the products of whole maps do without
+them.
 """
 
 import dataclasses
@@ -18,12 +19,7 @@ from ..core.cases import FORWARD
 from .case import OpCase
 from .workload import DIRECTIONS
 
-# Products of D multiply-adds a pair: q k^T and P v; then once more q k^T, and
-# dO v^T, P^T dO, dS k, dS^T q.
-_FORWARD_PRODUCTS = 2
-_BACKWARD_PRODUCTS = 5
-# Vectors of a sample: the corners of a key and of a value.
-_CORNERS = 4 * 2
+_CORNERS = 4  # of a sample, in each map
 # Passes over the corners: gathered; then gathered again, and their gradients scattered.
 _FORWARD_PASSES = 1
 _BACKWARD_PASSES = 2
@@ -36,7 +32,7 @@ class Work:
     Attributes:
         flops: Of the products of attention, and of the interpolation.
         bytes: Arguments and results, moved once.
-        samples: Sampled keys; as many values.
+        samples: Samples of each map that the op samples from.
         gathered_bytes: Corners read, and scattered to by the backward pass (in
             float32), if every sample is interpolated from vectors.
     """
@@ -98,13 +94,16 @@ class Roofline:
 
 def _bytes(case: OpCase, dtype: torch.dtype, direction: str) -> int:
     sizes = case.input_bytes(dtype)
-    inputs, out = sum(sizes.values()), sizes['q']
+    inputs, out = sum(sizes.values()), case.output_bytes(dtype)
     if direction == FORWARD:
         return inputs + out
-    log_sum_exp = case.batch * case.num_heads * case.num_queries * 4
-    # Forward, then backward reads the inputs, out, its gradient and the sums again,
-    # and writes the gradients of the inputs.
-    return (inputs + out + log_sum_exp) + (2 * inputs + 2 * out + log_sum_exp)
+    # Forward, then backward reads the inputs and the gradient of out, and writes the
+    # gradients of the inputs.
+    moved = (inputs + out) + (2 * inputs + out)
+    if case.has_softmax:  # the sums are written, and read again with out
+        log_sum_exp = case.batch * case.num_heads * case.num_queries * 4
+        moved += out + 2 * log_sum_exp
+    return moved
 
 
 def count_work(case: OpCase, dtype: torch.dtype, direction: str) -> Work:
@@ -115,11 +114,12 @@ def count_work(case: OpCase, dtype: torch.dtype, direction: str) -> Work:
     """
     if direction not in DIRECTIONS:
         raise ValueError(f'direction must be one of {DIRECTIONS}, got {direction!r}')
-    products, exps, passes = _FORWARD_PRODUCTS, case.pairs, _FORWARD_PASSES
-    corner_values = _CORNERS * case.head_dim * case.samples
+    products, passes = case.products[0], _FORWARD_PASSES
+    exps = case.pairs if case.has_softmax else 0
+    corner_values = _CORNERS * case.sampled_maps * case.head_dim * case.samples
     gathered = corner_values * dtype.itemsize
     if direction != FORWARD:
-        products += _BACKWARD_PRODUCTS
+        products += case.products[1]
         exps *= 2
         passes += _BACKWARD_PASSES
         gathered = 2 * gathered + 4 * corner_values

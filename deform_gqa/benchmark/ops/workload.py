@@ -35,15 +35,16 @@ def build_workload(
     inputs = inputs_of(case, backend, case.make_inputs(device, dtype))
     return Workload(
         backend,
-        op_calls(make_call(case, backend), inputs),
+        op_calls(make_call(case, backend), inputs, case.make_grad_out(device, dtype)),
         is_foreign=backend in BASELINES,
     )
 
 
-def op_calls(call: Call, inputs: Mapping[str, Tensor]) -> dict[str, Callable]:
+def op_calls(
+    call: Call, inputs: Mapping[str, Tensor], grad_out: Tensor
+) -> dict[str, Callable]:
     """Forward without gradients; the output and the gradients of all leaves."""
     leaves = [x for x in inputs.values() if x.requires_grad]
-    grad_out = torch.randn_like(inputs['q'])
 
     @torch.no_grad()
     def forward() -> Tensor:

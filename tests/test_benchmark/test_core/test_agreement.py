@@ -18,7 +18,8 @@ CPU = torch.device('cpu')
 def op_call():
     case = DeformAttnCase.at_stage((240, 320), 2, 1, 'full')
     inputs = case.make_inputs(CPU, torch.float32)
-    return op_calls(make_call(case, 'torch'), inputs)['forward']
+    grad_out = case.make_grad_out(CPU, torch.float32)
+    return op_calls(make_call(case, 'torch'), inputs, grad_out)['forward']
 
 
 def layer_call():

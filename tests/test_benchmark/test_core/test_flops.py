@@ -24,9 +24,10 @@ CASES += sdpa_cases(SdpaSweep(((5, 6),), (4,), (2,), (3,), (1,)), ['half'])
 def test_ops_count_alike_whatever_the_backend(case, backend):
     """q k^T and P v: two products of D multiply-adds a pair, and their gradients."""
     inputs = case.make_inputs(torch.device('cpu'), torch.float32)
+    grad_out = case.make_grad_out(torch.device('cpu'), torch.float32)
     products = 2 * 2 * case.pairs * case.head_dim
     for direction, factor in (('forward', 1), ('forward+backward', 3)):
-        call = op_calls(make_call(case, backend), inputs)[direction]
+        call = op_calls(make_call(case, backend), inputs, grad_out)[direction]
         assert count_flops(call) == factor * products
 
 

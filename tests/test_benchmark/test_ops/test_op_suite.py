@@ -75,14 +75,15 @@ def test_tiny_run(benchmark_tool, capsys, tmp_path):
     argv = ['op', *TINY, '--backends', 'naive', 'torch', 'flex', '--out', str(out_dir)]
     assert benchmark_tool.main(argv) == 0
     assert capsys.readouterr().out.startswith('# Ops: ')
-    names = ['deform_attn.png', 'deform_sdpa.png', 'neighborhood_attn.png']
-    names += ['op.json', 'op.md']
+    names = ['deform_attn.png', 'deform_sdpa.png', 'ms_deform_attn.png']
+    names += ['neighborhood_attn.png', 'op.json', 'op.md']
     assert sorted(path.name for path in out_dir.iterdir()) == names
     report = Report.load(out_dir / 'op.json')
     assert report.command.startswith('python tools/benchmark.py op --sizes 32x64')
     assert report.environment['torch'] == torch.__version__
     assert report.options['sizes'] == [[32, 64]]
-    assert len(report.rows) == 3 * 2 * 3  # ops, directions, backends
+    cases = 3 + 3  # of ms_deform_attn, and one of each other op
+    assert len(report.rows) == cases * 2 * 3  # directions, backends
     for row in report.rows:
         if row.backend == 'flex':
             assert (row.status, row.timing) == ('unsupported', None)
@@ -103,7 +104,7 @@ def test_time_limit_skips_the_rest(benchmark_tool, capsys, tmp_path):
 def test_gate_only(benchmark_tool, capsys):
     argv = ['op', *TINY, '--backends', 'torch', '--gate-only']
     assert benchmark_tool.main(argv) == 0
-    assert capsys.readouterr().out == '3 comparisons with naive passed\n'
+    assert capsys.readouterr().out == '6 comparisons with naive passed\n'
 
 
 def test_gate_only_takes_no_unchecked_backend(benchmark_tool, capsys):

@@ -39,7 +39,7 @@ def copy(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     (tmp_path / 'ops' / '__init__.py').touch()
     (package / '__init__.py').write_text(STAND_IN)
-    monkeypatch.setenv(published_sdpa.PATH_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(published_sdpa.COPY.variable, str(tmp_path))
     yield tmp_path
     for name in ('ops', 'ops.triton'):
         sys.modules.pop(name, None)
@@ -49,10 +49,10 @@ def test_reasons(monkeypatch, tmp_path):
     def reason(*args):
         return backends.unsupported_reason(one_case(), 'published', *args)
 
-    monkeypatch.delenv(published_sdpa.PATH_VARIABLE, raising=False)
+    monkeypatch.delenv(published_sdpa.COPY.variable, raising=False)
     assert 'names no folder' in reason(CUDA, torch.float32)
     assert 'published' not in backends.default_backends()
-    monkeypatch.setenv(published_sdpa.PATH_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(published_sdpa.COPY.variable, str(tmp_path))
     assert 'published' in backends.default_backends()
     assert 'CUDA only' in reason(CPU, torch.float32)
     assert 'bfloat16' in reason(CUDA, torch.bfloat16)
@@ -71,16 +71,17 @@ def test_times_what_it_has_gradients_of(copy):
     inputs = case.make_inputs(CPU, torch.float32)
     inputs = backends.inputs_of(case, 'published', inputs)
     call = backends.make_call(case, 'published')
-    assert len(op_calls(call, inputs)['forward+backward']()) == 3
+    grad_out = case.make_grad_out(CPU, torch.float32)
+    assert len(op_calls(call, inputs, grad_out)['forward+backward']()) == 3
 
 
 def test_folder_without_it(copy):
     (copy / 'ops' / 'triton' / '__init__.py').write_text('')
     with pytest.raises(OptionError, match=r'holds no ops\.triton\.deform'):
-        published_sdpa.load()
+        published_sdpa.COPY.load()
 
 
 def test_no_folder(monkeypatch):
-    monkeypatch.delenv(published_sdpa.PATH_VARIABLE, raising=False)
+    monkeypatch.delenv(published_sdpa.COPY.variable, raising=False)
     with pytest.raises(OptionError, match='is not set'):
-        published_sdpa.load()
+        published_sdpa.COPY.load()

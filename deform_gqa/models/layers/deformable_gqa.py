@@ -159,15 +159,27 @@ class DeformableGQA(BaseAttention):
     def forward(self, x: Tensor) -> Tensor:
         grid_size = tuple(x.shape[2:])
         q_map = self.proj_q(x)
+        q, k, v, pos = self.attention_inputs(x, q_map)
+        out = merge_heads(self.attend(q, k, v, pos, grid_size), grid_size)
+        if self.position_bias == 'dwc':
+            out = out + self.rpe_table(q_map)
+        return self.proj_drop(self.proj_out(out))
+
+    def attention_inputs(
+        self, x: Tensor, q_map: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What ``attend`` takes: q (B, Hq, N, D), k, v (B, Hkv, S, D) and positions.
+
+        Args:
+            x: (B, C, H, W).
+            q_map: (B, C, H, W), ``proj_q`` of x.
+        """
         pos = self.sampling_positions(q_map) if self.use_offset else None
         sampled = self._pool(x) if pos is None else self._sample(x, pos)
         q = split_heads(q_map, self.num_heads)
         k = split_heads(self.proj_k(sampled), self.num_kv_heads)
         v = split_heads(self.proj_v(sampled), self.num_kv_heads)
-        out = merge_heads(self._attend(q, k, v, pos, grid_size), grid_size)
-        if self.position_bias == 'dwc':
-            out = out + self.rpe_table(q_map)
-        return self.proj_drop(self.proj_out(out))
+        return q, k, v, pos
 
     def sampling_positions(self, q_map: Tensor) -> Tensor:
         """Where keys are sampled: (B, G, S, 2) in (y, x); the map spans [-1, 1].
@@ -224,7 +236,8 @@ class DeformableGQA(BaseAttention):
             x, self.stride, self.stride, ceil_mode=True, count_include_pad=False
         )
 
-    def _attend(self, q, k, v, pos, grid_size) -> Tensor:
+    def attend(self, q, k, v, pos, grid_size) -> Tensor:
+        """(B, Hq, N, D), the attention without projections, of ``attention_inputs``."""
         if self.position_bias == 'log_cpb':
             return log_cpb_attention(
                 q, k, v, pos, self.rpe_table, grid_size, self.dropout_p

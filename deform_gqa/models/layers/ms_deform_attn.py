@@ -160,7 +160,9 @@ class MSDeformAttn(BaseModule):
             value.unflatten(2, (self.num_value_heads, -1)),
             spatial_shapes,
             level_start_index,
-            self._locations(query, reference_points, spatial_shapes, value.dtype),
+            self.sampling_locations(
+                query, reference_points, spatial_shapes, value.dtype
+            ),
             self.attention_weights(query).unflatten(2, heads),
             logits=True,
             backend=self.backend,
@@ -170,14 +172,22 @@ class MSDeformAttn(BaseModule):
             out = out.transpose(0, 1)
         return self.dropout(out) + identity
 
-    def _locations(
+    def sampling_locations(
         self,
         query: Tensor,
         reference_points: Tensor,
         spatial_shapes: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
-        """(B, N, M, L, P, 2), in float32 at least, whatever autocast says."""
+        """Where the values are sampled: (B, N, M, L, P, 2) in (x, y), [0, 1] in a map.
+
+        In float32 at least, whatever ``dtype`` and autocast say.
+
+        Args:
+            query: (B, N, C), with its position.
+            reference_points: As in ``forward``.
+            spatial_shapes: (L, 2), the (H, W) of each level.
+        """
         dtype = torch.promote_types(dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
             offsets = torch.nn.functional.linear(

@@ -138,10 +138,10 @@ class DeformableGQA(BaseAttention):
             num_heads,
             offset_groups,
             table_size,
-            self._key_grid,
+            self.key_grid,
         )
 
-    def _key_grid(self, map_size: tuple[int, int]) -> tuple[int, int]:
+    def key_grid(self, map_size: tuple[int, int]) -> tuple[int, int]:
         """Size of the sampled grid: what the offset convolution makes of a map."""
         self._check_map_size(map_size)
         extra = 2 * self.conv_offset[0].padding[0] - self.offset_kernel_size

@@ -6,9 +6,16 @@ from deform_gqa.engine.checkpoint_io import (
     load_checkpoint,
     use_safe_loading,
 )
-from deform_gqa.engine.hooks import ResumableCheckpointHook, RuntimeBenchmarkHook
+from deform_gqa.engine.hooks import (
+    AttentionDistillationHook,
+    AttentionVisualizationHook,
+    ResumableCheckpointHook,
+    RuntimeBenchmarkHook,
+)
 
 __all__ = [
+    'AttentionDistillationHook',
+    'AttentionVisualizationHook',
     'BFloat16OptimWrapper',
     'ResumableCheckpointHook',
     'RuntimeBenchmarkHook',

@@ -1,4 +1,15 @@
+from deform_gqa.engine.hooks.attention_distillation_hook import (
+    AttentionDistillationHook,
+)
+from deform_gqa.engine.hooks.attention_visualization_hook import (
+    AttentionVisualizationHook,
+)
 from deform_gqa.engine.hooks.resumable_checkpoint_hook import ResumableCheckpointHook
 from deform_gqa.engine.hooks.runtime_benchmark_hook import RuntimeBenchmarkHook
 
-__all__ = ['ResumableCheckpointHook', 'RuntimeBenchmarkHook']
+__all__ = [
+    'AttentionDistillationHook',
+    'AttentionVisualizationHook',
+    'ResumableCheckpointHook',
+    'RuntimeBenchmarkHook',
+]

@@ -11,15 +11,12 @@ from torch.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from deform_gqa.models.layers.sampling_points import pixel_centres, ring_offsets
 from projects.multiview_deform_attn.multiview_deform_attn import (
     MultiViewDeformableAttention,
     PerQueryDeformableAttention,
 )
-from projects.multiview_deform_attn.multiview_deform_attn.points import (
-    Atlas,
-    pixel_centres,
-    ring_offsets,
-)
+from projects.multiview_deform_attn.multiview_deform_attn.points import Atlas
 
 
 def sample(x, coords):

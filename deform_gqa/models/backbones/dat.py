@@ -13,6 +13,7 @@ from deform_gqa.archs import NUM_STAGES, resolve_arch
 from deform_gqa.checks import check_int, check_rate
 from deform_gqa.ops.common.backends import check_backend
 
+from ..layers.linformer import share_projections
 from ..layers.norm import ChannelLayerNorm
 from .blocks import check_letters, resolve_overrides
 from .dat_checkpoint import load_dat_checkpoint
@@ -132,6 +133,7 @@ class DAT(BaseModule):
             )
             for i in range(NUM_STAGES - 1)
         )
+        share_projections(self)
         self._freeze()
 
     @staticmethod

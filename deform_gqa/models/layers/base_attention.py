@@ -24,6 +24,8 @@ class BaseAttention(nn.Module):
         attn_drop: Dropout of the attention weights, in [0, 1).
         proj_drop: Dropout of the output, in [0, 1).
         backend: Backend of the ops of :mod:`deform_gqa.ops` that the module calls.
+        head_dim: Channels D of one head; None for ``dim // num_heads``. If given,
+            ``dim`` need not be a multiple of ``num_heads``.
 
     Attributes:
         head_dim: Channels D of one head.
@@ -45,15 +47,22 @@ class BaseAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         backend: str = 'auto',
+        head_dim: int | None = None,
     ):
         super().__init__()
-        self.num_kv_heads = resolve_kv_heads(dim, num_heads, num_kv_heads)
+        heads_dim = dim
+        if head_dim is not None:
+            check_int('dim', dim, 1)
+            check_int('num_heads', num_heads, 1)
+            check_int('head_dim', head_dim, 1)
+            heads_dim = num_heads * head_dim
+        self.num_kv_heads = resolve_kv_heads(heads_dim, num_heads, num_kv_heads)
         check_rate('attn_drop', attn_drop)
         check_rate('proj_drop', proj_drop)
         check_backend(backend)
         self.dim = dim
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = heads_dim // num_heads
         self.kv_dim = self.head_dim * self.num_kv_heads
         self.attn_drop = attn_drop
         self.proj_drop = nn.Dropout(proj_drop)

@@ -1,6 +1,7 @@
 """Attention whose queries have samples of their own, registered in mmdet's MODELS."""
 
+from deform_gqa.models import PerQueryDeformableAttention
+
 from .multiview import MultiViewDeformableAttention
-from .per_query import PerQueryDeformableAttention
 
 __all__ = ['MultiViewDeformableAttention', 'PerQueryDeformableAttention']

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from deform_gqa.checks import check_int
 from deform_gqa.models.layers.base_attention import BaseAttention, check_offset_groups
+from deform_gqa.models.layers.sampling_points import pixel_steps, ring_offsets
 from deform_gqa.ops import deform_sdpa
 
-from .points import Atlas, pixel_steps, ring_offsets
+from .points import Atlas
 
 
 @MODELS.register_module()

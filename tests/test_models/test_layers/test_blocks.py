@@ -8,7 +8,10 @@ from torch.testing import assert_close
 from deform_gqa.models import (
     DeformableGQA,
     DepthwiseConv,
+    GroupedQueryAttention,
+    LinformerAttention,
     NeighborhoodAttention,
+    PerQueryDeformableAttention,
     PyramidAttention,
     ShiftedWindowAttention,
     WindowAttention,
@@ -19,7 +22,10 @@ from deform_gqa.models.layers.deformable_gqa import reference_points
 DIM, HEADS = 32, 4
 ATTENTION = {
     DeformableGQA: dict(table_size=6, offset_groups=2, stride=2),
+    GroupedQueryAttention: {},
+    LinformerAttention: dict(n=(4, 5), k=6),
     NeighborhoodAttention: dict(kernel_size=3),
+    PerQueryDeformableAttention: dict(num_points=3, offset_groups=2),
     PyramidAttention: dict(sr_ratio=2),
     ShiftedWindowAttention: dict(window_size=4),
     WindowAttention: dict(window_size=4),
@@ -27,7 +33,10 @@ ATTENTION = {
 # Parameters of keys and values: (name, rows of q before them).
 KV_PARAMETERS = {
     DeformableGQA: [('proj_k', 0), ('proj_v', 0)],
+    GroupedQueryAttention: [('proj_k', 0), ('proj_v', 0)],
+    LinformerAttention: [('proj_k', 0), ('proj_v', 0)],
     NeighborhoodAttention: [('qkv', DIM)],
+    PerQueryDeformableAttention: [('proj_kv', 0)],
     PyramidAttention: [('kv', 0)],
     ShiftedWindowAttention: [('proj_qkv', DIM)],
     WindowAttention: [('proj_qkv', DIM)],

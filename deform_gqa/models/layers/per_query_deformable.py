@@ -1,15 +1,15 @@
-"""A block of the DAT backbone in which every query samples points of its own."""
+"""Per-query deformable attention: every query samples points of its own."""
 
 import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from deform_gqa.checks import check_int
-from deform_gqa.models.layers.base_attention import BaseAttention, check_offset_groups
-from deform_gqa.models.layers.norm import ChannelLayerNorm
 from deform_gqa.ops import deform_sdpa
 
-from .points import pixel_centres, pixel_steps, ring_offsets
+from .base_attention import BaseAttention, check_offset_groups
+from .norm import ChannelLayerNorm
+from .sampling_points import pixel_centres, pixel_steps, ring_offsets
 
 
 @MODELS.register_module()

@@ -5,7 +5,7 @@
 ``register_adapter``, tells how a class of modules holds them.
 """
 
-from . import dat_adapters  # noqa: F401  (registers them)
+from . import dat_adapters, mm_adapters  # noqa: F401  (registers them)
 from .adapter import AttentionAdapter, Names, find_adapter, register_adapter
 from .convert import convert_model, convert_state_dict
 from .heads import AttentionHeads, Freedom, Moments, Projection

@@ -8,6 +8,8 @@ from deform_gqa.checks import check_int, check_rate
 from deform_gqa.ops.common import checks
 from deform_gqa.ops.gqa.api import attend_grouped, causal_mask
 
+from .attention_mask import intersect_masks, merge_masks
+
 
 @MODELS.register_module()
 class MultiheadGQA(nn.Module):
@@ -142,10 +144,17 @@ class MultiheadGQA(nn.Module):
             ValueError: For shapes that do not fit.
         """
         self._check_inputs(query, key, value)
-        mask = self._merge_masks(query, key, attn_mask, key_padding_mask)
+        mask = merge_masks(
+            attn_mask,
+            key_padding_mask,
+            batch=query.shape[0],
+            num_heads=self.query_heads,
+            length=query.shape[1],
+            num_keys=key.shape[1],
+        )
         if mask is not None and is_causal:
             causal = causal_mask(query.shape[1], key.shape[1], query.device)
-            mask, is_causal = _intersect(mask, causal), False
+            mask, is_causal = intersect_masks(mask, causal), False
         out, weights = attend_grouped(
             self.q_proj(query).unflatten(-1, (self.query_heads, -1)),
             self.k_proj(key).unflatten(-1, (self.kv_heads, -1)),
@@ -173,51 +182,3 @@ class MultiheadGQA(nn.Module):
         )
         checks.check_shape('key', key, keys, '(B, S, embed_dim)')
         checks.check_shape('value', value, keys, '(B, S, embed_dim)')
-
-    def _merge_masks(
-        self,
-        query: Tensor,
-        key: Tensor,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-    ) -> Tensor | None:
-        """A mask that broadcasts to (B, Hq, L, S), boolean (True allows) or added."""
-        batch, length, num_keys = query.shape[0], query.shape[1], key.shape[1]
-        masks = []
-        if attn_mask is not None:
-            _check_mask_dtype('attn_mask', attn_mask)
-            expected = (length, num_keys)
-            if attn_mask.ndim != 2:
-                expected = (batch * self.query_heads, *expected)
-            checks.check_shape(
-                'attn_mask', attn_mask, expected, '(L, S) or (B * query_heads, L, S)'
-            )
-            if attn_mask.ndim == 3:
-                attn_mask = attn_mask.unflatten(0, (batch, self.query_heads))
-            masks.append(attn_mask)
-        if key_padding_mask is not None:
-            _check_mask_dtype('key_padding_mask', key_padding_mask)
-            checks.check_shape(
-                'key_padding_mask', key_padding_mask, (batch, num_keys), '(B, S)'
-            )
-            masks.append(key_padding_mask[:, None, None])
-        masks = [~mask if mask.dtype == torch.bool else mask for mask in masks]
-        if len(masks) == 2:
-            return _intersect(*masks)
-        return masks[0] if masks else None
-
-
-def _check_mask_dtype(name: str, mask: Tensor) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f'{name} must be boolean or floating, got {mask.dtype}')
-
-
-def _intersect(first: Tensor, second: Tensor) -> Tensor:
-    """Both masks at once; each is boolean (True allows) or additive."""
-    if first.dtype == second.dtype == torch.bool:
-        return first & second
-    if first.dtype == torch.bool:
-        first, second = second, first
-    if second.dtype == torch.bool:
-        return torch.where(second, first, -torch.inf)
-    return first + second

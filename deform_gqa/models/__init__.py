@@ -2,6 +2,9 @@
 
 from .backbones import DAT
 from .layers import (
+    DeformableAttention1D,
+    DeformableAttention2D,
+    DeformableAttention3D,
     DeformableGQA,
     DepthwiseConv,
     GroupedMultiheadAttention,
@@ -26,6 +29,9 @@ from .swap_attention import swap_attention
 
 __all__ = [
     'DAT',
+    'DeformableAttention1D',
+    'DeformableAttention2D',
+    'DeformableAttention3D',
     'DeformableGQA',
     'DepthwiseConv',
     'GroupedMultiheadAttention',

@@ -19,7 +19,7 @@ Notation, the same in every op, kernel and test of this package::
 from .common.backends import unsupported_reason
 from .deform_attn import deform_attn
 from .deform_sample import deform_sample
-from .deform_sdpa import deform_sdpa
+from .deform_sdpa import deform_sdpa, deform_sdpa_triton
 from .gqa import scaled_dot_product_gqa
 from .ms_deform_attn import ms_deform_attn
 from .neighborhood_attn import neighborhood_attn
@@ -28,6 +28,7 @@ __all__ = [
     'deform_attn',
     'deform_sample',
     'deform_sdpa',
+    'deform_sdpa_triton',
     'ms_deform_attn',
     'neighborhood_attn',
     'scaled_dot_product_gqa',

@@ -1,5 +1,10 @@
 """Attention modules and the parts of a DAT block; attention is registered in MODELS."""
 
+from .deformable_attention import (
+    DeformableAttention1D,
+    DeformableAttention2D,
+    DeformableAttention3D,
+)
 from .deformable_gqa import DeformableGQA
 from .dense_attention import (
     GroupedQueryAttention,
@@ -25,6 +30,9 @@ __all__ = [
     'MLP',
     'ChannelLayerNorm',
     'ConvMLP',
+    'DeformableAttention1D',
+    'DeformableAttention2D',
+    'DeformableAttention3D',
     'DeformableGQA',
     'DepthwiseConv',
     'GroupedMultiheadAttention',

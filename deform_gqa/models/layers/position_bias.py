@@ -67,9 +67,6 @@ def log_cpb_attention(
 ) -> Tensor:
     """Attention with the continuous position bias of Swin V2 (arXiv 2111.09883).
 
-    It works on blocks of query rows and recomputes them in backward, so that the bias
-    of the whole map is never in memory.
-
     Args:
         q: (B, Hq, N, D).
         k: (B, Hkv, S, D).
@@ -82,29 +79,66 @@ def log_cpb_attention(
     Returns:
         (B, Hq, N, D).
     """
-    k, v = (repeat_kv(t, q.shape[1]) for t in (k, v))
-    height, width = grid_size
-    batch, groups, num_keys, _ = pos.shape
-    per_row = batch * groups * width * num_keys * LOG_CPB_HIDDEN
-    rows = max(1, MAX_LOG_CPB_HIDDEN // max(per_row, 1))
-    grid_y, grid_x = (query_coords(side, pos) for side in grid_size)
+    axes = (query_coords(side, pos) for side in grid_size)
+    query_pos = torch.stack(torch.meshgrid(*axes, indexing='ij'), dim=-1)
 
-    def attend_rows(q_rows: Tensor, y: Tensor, k: Tensor, v: Tensor, pos: Tensor):
-        grid = torch.stack(torch.meshgrid(y, grid_x, indexing='ij'), dim=-1)
-        shift = 4 * (grid.reshape(1, 1, -1, 1, 2) - pos.unsqueeze(2))
+    def bias(shift: Tensor) -> Tensor:
+        shift = 4 * shift
         shift = shift.sign() * (shift.abs() + 1).log2() / math.log2(8)
-        bias = mlp(shift.to(mlp[0].weight.dtype))  # (B, G, n, S, Hq / G)
-        bias = bias.permute(0, 1, 4, 2, 3).flatten(1, 2).to(q_rows.dtype)
+        return mlp(shift.to(mlp[0].weight.dtype))
+
+    return attend_with_bias(
+        q, k, v, query_pos.flatten(0, 1), pos, bias, LOG_CPB_HIDDEN, dropout_p
+    )
+
+
+def attend_with_bias(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_pos: Tensor,
+    pos: Tensor,
+    bias: Callable[[Tensor], Tensor],
+    hidden: int,
+    dropout_p: float,
+) -> Tensor:
+    """Attention with a bias that is a function of the displacement.
+
+    It works on blocks of queries and recomputes them in backward, so that neither the
+    bias of the whole map nor a hidden layer of its network is ever in memory.
+
+    Args:
+        q: (B, Hq, N, D).
+        k: (B, Hkv, S, D).
+        v: (B, Hkv, S, D).
+        query_pos: (N, A) positions of the queries on A axes.
+        pos: (B, G, S, A) positions of the keys.
+        bias: Maps displacements (B, G, n, S, A), query less key, to biases (B, G, n, S,
+            Hq / G).
+        hidden: Width of the widest layer of ``bias``, which sets the size of a block.
+        dropout_p: Dropout of the attention weights.
+
+    Returns:
+        (B, Hq, N, D).
+    """
+    k, v = (repeat_kv(t, q.shape[1]) for t in (k, v))
+    batch, groups, num_keys, _ = pos.shape
+    per_query = max(batch * groups * num_keys * hidden, 1)
+    block_size = max(1, MAX_LOG_CPB_HIDDEN // per_query)
+
+    def attend(q: Tensor, query_pos: Tensor, k: Tensor, v: Tensor, pos: Tensor):
+        logits = bias(query_pos[:, None] - pos.unsqueeze(2))  # (B, G, n, S, Hq / G)
+        mask = logits.permute(0, 1, 4, 2, 3).flatten(1, 2).to(q.dtype)
         return F.scaled_dot_product_attention(
-            q_rows, k, v, attn_mask=bias, dropout_p=dropout_p
+            q, k, v, attn_mask=mask, dropout_p=dropout_p
         )
 
     blocks = []
-    for first in range(0, height, rows):
-        q_rows = q[:, :, first * width : (first + rows) * width]
-        block = (q_rows, grid_y[first : first + rows], k, v, pos)
+    for first in range(0, q.shape[2], block_size):
+        block = slice(first, first + block_size)
+        args = (q[:, :, block], query_pos[block], k, v, pos)
         if torch.is_grad_enabled():
-            blocks.append(checkpoint(attend_rows, *block, use_reentrant=False))
+            blocks.append(checkpoint(attend, *args, use_reentrant=False))
         else:
-            blocks.append(attend_rows(*block))
+            blocks.append(attend(*args))
     return torch.cat(blocks, dim=2)

@@ -86,8 +86,8 @@ class AttentionAdapter:
         module.num_kv_heads = num_kv_heads
         return module
 
-    def kv_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-        """The inputs (k, v), channels last, of the projections in a call of the module.
+    def inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        """The inputs, channels last, of q, k and v in a call of the module.
 
         None if the projections are submodules that are called: these are watched.
         """

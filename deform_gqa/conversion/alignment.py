@@ -63,7 +63,7 @@ def align(
         heads.q.columns,
         num_groups,
         kind='rotation' if rotate and freedom.query == 'any' else freedom.query,
-        moment=_covariance(moments.k) if freedom.key_bias else moments.k,
+        moment=covariance(moments.k) if freedom.key_bias else moments.k,
         partner_moment=moments.q,
     )
     v, out = _merge_side(
@@ -89,7 +89,7 @@ def _without_biases(heads: AttentionHeads, freedom: Freedom) -> AttentionHeads:
     return AttentionHeads(heads.q, k, v, heads.out, out_bias)
 
 
-def _covariance(moment: Tensor | None) -> Tensor | None:
+def covariance(moment: Tensor | None) -> Tensor | None:
     """Second moment about the mean, of inputs whose last component is 1."""
     if moment is None:
         return None
@@ -110,7 +110,7 @@ def _merge_side(
     A query head's partner matrix changes with the kv head that it reads.
     """
     share = partner.shape[0] // heads.num_heads
-    root = _root(heads.columns, moment)
+    root = moment_root(heads.columns, moment)
     gram = _gram(partner, partner_moment).unflatten(0, (-1, share)).sum(1)
     by_group = heads.columns.unflatten(0, (num_groups, -1))
     merged, transforms = [], []
@@ -127,7 +127,7 @@ def _gram(x: Tensor, moment: Tensor | None) -> Tensor:
     return x @ x.mT if moment is None else x @ moment.to(x) @ x.mT
 
 
-def _root(like: Tensor, moment: Tensor | None) -> Tensor:
+def moment_root(like: Tensor, moment: Tensor | None) -> Tensor:
     """L with L L^T = moment, the identity for None; (C + 1, C + 1)."""
     if moment is None:
         return torch.eye(like.shape[-1], dtype=like.dtype)

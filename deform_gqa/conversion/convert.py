@@ -1,7 +1,6 @@
 """Conversion of multi-head weights and models to grouped queries."""
 
 import copy
-import dataclasses
 import math
 import re
 import zlib
@@ -13,15 +12,9 @@ from torch import Tensor, nn
 
 from deform_gqa.checks import check_bool, check_int
 
-from .adapter import (
-    AttentionAdapter,
-    State,
-    attention_modules,
-    find_adapter,
-    head_counts,
-    read_heads,
-    write_heads,
-)
+from .adapter import State, attention_modules, read_heads, write_heads
+from .alignment import covariance, moment_root
+from .calibration import Calibrator
 from .grouping import (
     GROUPINGS,
     adjacent_groups,
@@ -29,57 +22,13 @@ from .grouping import (
     head_similarity,
     similar_groups,
 )
-from .heads import AttentionHeads
-from .kv_heads import KVHeads, resolve_num_kv_heads
+from .heads import AttentionHeads, Moments
+from .kv_heads import KVHeads
+from .layers import Layer, find_layers, with_kv_heads
 from .merging import MERGES, merge_heads
 from .report import ConversionReport, LayerReport
 
-
-@dataclasses.dataclass
-class Layer:
-    """One attention module that is to be converted.
-
-    Args:
-        name: Name in the model.
-        module: The module, with any number of kv heads.
-        head_dim: Channels of a head.
-        kv_heads: Number of kv heads in the state_dict.
-        new_kv_heads: Number that is wanted.
-    """
-
-    name: str
-    module: nn.Module
-    head_dim: int
-    kv_heads: int
-    new_kv_heads: int
-
-    @property
-    def prefix(self) -> str:
-        return f'{self.name}.' if self.name else ''
-
-    @property
-    def adapter(self) -> AttentionAdapter:
-        return find_adapter(self.module)
-
-    @property
-    def num_heads(self) -> int:
-        return self.adapter.num_heads(self.module)
-
-    @property
-    def period(self) -> int:
-        """Within how many kv heads these may change places."""
-        period = self.adapter.head_period(self.module)
-        share = self.num_heads // self.kv_heads
-        return period // share if period % share == 0 else 1
-
-    def state(self, state: State) -> dict[str, Tensor]:
-        """The module's own entries of a state_dict of the model."""
-        names = self.module.state_dict()
-        return {
-            name: state[self.prefix + name]
-            for name in names
-            if self.prefix + name in state
-        }
+ALIGNING = ('aligned', 'rotated')
 
 
 def convert_state_dict(
@@ -132,18 +81,38 @@ def convert_state_dict(
     _check_options(grouping, merge, calibration, refit_output, seed)
     layers = find_layers(state_dict, model, num_kv_heads)
     groupings = _by_layer(grouping, layers)
-    statistics = None
-    if calibration is not None:
-        raise NotImplementedError
-    converted, reports = dict(state_dict), []
-    for layer in layers:
-        groups, new = _convert_layer(
-            layer, state_dict, groupings[layer.name], merge, statistics, seed
+    plans = [_Plan(layer, state_dict, groupings[layer.name]) for layer in layers]
+    changing = [plan for plan in plans if plan.changes]
+    calibrator = None
+    if calibration is not None and changing:
+        calibrator = Calibrator(
+            state_dict, model, [plan.layer for plan in changing], calibration
         )
-        converted.update(new)
-        reports.append(_report(layer, state_dict, converted, groups))
-    options = dict(grouping=grouping, merge=merge, refit_output=refit_output, seed=seed)
-    return converted, ConversionReport(reports, options)
+        if merge in ALIGNING or _mentions(grouping, 'activations'):
+            moments = calibrator.moments()
+            for plan in changing:
+                plan.moments = moments[plan.layer.name]
+    for plan in changing:
+        plan.group(merge)
+    weights = {}
+    if merge == 'learned':
+        weights = _learned_weights(calibrator, changing, state_dict)
+    converted = dict(state_dict)
+    for plan in changing:
+        converted.update(plan.convert(merge, weights.get(plan.layer.name), seed))
+    report = ConversionReport(
+        [plan.report(state_dict, converted) for plan in plans],
+        dict(
+            grouping=grouping if isinstance(grouping, str) else 'given',
+            merge=merge,
+            calibrated=calibrator is not None,
+            refit_output=refit_output,
+            seed=seed,
+        ),
+    )
+    if calibrator is not None:
+        _compare(calibrator, converted, report, refit_output)
+    return converted, report
 
 
 def convert_model(
@@ -197,68 +166,6 @@ def convert_model(
     return model, report
 
 
-def with_kv_heads(model: nn.Module, counts: Mapping[str, int]) -> nn.Module:
-    """Puts modules with these numbers of kv heads in the place of the named ones.
-
-    The weights of a replaced module are lost. A module that stands in two places is
-    replaced by one that does.
-
-    Returns:
-        The model, or the new module if the model itself is named (by '').
-    """
-    made: dict[int, nn.Module] = {}
-    for name, module in attention_modules(model).items():
-        adapter = find_adapter(module)
-        if name not in counts or adapter.num_kv_heads(module) == counts[name]:
-            continue
-        if id(module) not in made:
-            made[id(module)] = adapter.with_kv_heads(module, counts[name])
-        if name == '':
-            return made[id(module)]
-        parent, _, child = name.rpartition('.')
-        setattr(model.get_submodule(parent), child, made[id(module)])
-    return model
-
-
-def find_layers(
-    state_dict: State, model: nn.Module, num_kv_heads: KVHeads
-) -> list[Layer]:
-    """The attention modules that are to be converted.
-
-    Raises:
-        ValueError: As :func:`convert_state_dict`.
-    """
-    modules = attention_modules(model)
-    if not modules:
-        raise ValueError(
-            f'model {type(model).__name__} has no attention module that conversion '
-            'knows; register_adapter makes one known'
-        )
-    adapters = {name: find_adapter(module) for name, module in modules.items()}
-    counts = resolve_num_kv_heads(
-        num_kv_heads,
-        {
-            name: (
-                adapters[name].num_heads(module),
-                adapters[name].num_kv_heads(module),
-            )
-            for name, module in modules.items()
-        },
-    )
-    layers = []
-    for name, new in counts.items():
-        adapters[name].check(modules[name])
-        prefix = f'{name}.' if name else ''
-        head_dim, old = head_counts(modules[name], state_dict, prefix)
-        if old % new:
-            raise ValueError(
-                f'{name or "the module"} has {old} kv heads in the state_dict, which '
-                f'cannot be merged into num_kv_heads={new}'
-            )
-        layers.append(Layer(name, modules[name], head_dim, old, new))
-    return layers
-
-
 def _check_options(grouping, merge, calibration, refit_output, seed) -> None:
     check_bool('refit_output', refit_output)
     check_int('seed', seed)
@@ -302,48 +209,107 @@ def _by_layer(grouping: Any, layers: list[Layer]) -> dict[str, Any]:
     }
 
 
-def _convert_layer(
-    layer: Layer,
-    state_dict: State,
-    grouping: Any,
-    merge: str,
-    statistics: Any,
-    seed: int,
-) -> tuple[list[list[int]], dict[str, Tensor]]:
-    """The groups of a layer, and those of its parameters that change."""
-    given = not isinstance(grouping, str)
-    if layer.new_kv_heads == layer.kv_heads and not given:
-        return adjacent_groups(layer.kv_heads, layer.kv_heads), {}
-    heads = read_heads(layer.module, state_dict, layer.prefix)
-    freedom = layer.adapter.freedom(layer.module)
-    if given:
-        groups = check_groups(
-            grouping, layer.kv_heads, layer.new_kv_heads, layer.period
+class _Plan:
+    """The conversion of one layer.
+
+    Args:
+        layer: The layer.
+        state_dict: Weights of the model.
+        grouping: Name of a grouping, or lists of heads.
+    """
+
+    def __init__(self, layer: Layer, state_dict: State, grouping: Any):
+        self.layer = layer
+        self.state_dict = state_dict
+        self.grouping = grouping
+        self.groups = adjacent_groups(layer.kv_heads, layer.kv_heads)
+        self.moments = Moments()
+        self.changes = layer.kv_heads != layer.new_kv_heads or not isinstance(
+            grouping, str
         )
-    elif grouping == 'adjacent':
-        groups = adjacent_groups(layer.kv_heads, layer.new_kv_heads)
-    else:
-        similarity = _similarity(heads, merge in ('aligned', 'rotated'))
-        groups = similar_groups(similarity, layer.new_kv_heads, layer.period)
-    merged = merge_heads(
-        heads,
-        groups,
-        merge,
-        freedom=freedom,
-        generator=_generator(heads, seed),
-    )
-    new = write_heads(layer.module, merged, state_dict, layer.prefix)
-    order = heads.query_order([head for group in groups for head in group])
-    if order != sorted(order):
-        rest = layer.adapter.reorder_rest(layer.module, layer.state(state_dict), order)
-        new.update((layer.prefix + name, value) for name, value in rest.items())
-    return groups, new
+        self.heads: AttentionHeads | None = None
+        if self.changes:
+            self.heads = read_heads(layer.module, state_dict, layer.prefix)
 
+    def group(self, merge: str) -> None:
+        """Chooses which heads are merged."""
+        layer = self.layer
+        if not isinstance(self.grouping, str):
+            self.groups = check_groups(
+                self.grouping, layer.kv_heads, layer.new_kv_heads, layer.period
+            )
+        elif self.grouping == 'adjacent':
+            self.groups = adjacent_groups(layer.kv_heads, layer.new_kv_heads)
+        else:
+            similarity = self._similarity(merge in ALIGNING)
+            self.groups = similar_groups(similarity, layer.new_kv_heads, layer.period)
 
-def _similarity(heads: AttentionHeads, rotate: bool) -> Tensor:
-    """(Hkv, Hkv): mean of the similarities of keys and of values."""
-    similarities = [head_similarity(x.columns, rotate) for x in (heads.k, heads.v)]
-    return sum(similarities) / 2
+    def _similarity(self, aligned: bool) -> Tensor:
+        """(Hkv, Hkv): mean of the similarities of keys and of values."""
+        heads, freedom = self.heads, self.layer.adapter.freedom(self.layer.module)
+        moments = self.moments if self.grouping == 'activations' else Moments()
+        keys = heads.k.columns
+        values = heads.v.columns
+        keys = keys @ moment_root(keys, covariance(moments.k))
+        values = values @ moment_root(values, moments.v)
+        similarities = (
+            head_similarity(keys, aligned and freedom.query == 'any'),
+            head_similarity(values, aligned and freedom.value),
+        )
+        return sum(similarities) / 2
+
+    def convert(
+        self,
+        merge: str,
+        weights: tuple[Tensor, Tensor] | None,
+        seed: int,
+    ) -> dict[str, Tensor]:
+        """The parameters of the layer that change, by their names in the model."""
+        layer = self.layer
+        merged = merge_heads(
+            self.heads,
+            self.groups,
+            merge,
+            freedom=layer.adapter.freedom(layer.module),
+            moments=self.moments,
+            weights=weights,
+            generator=_generator(self.heads, seed),
+        )
+        new = write_heads(layer.module, merged, self.state_dict, layer.prefix)
+        order = self.heads.query_order([h for group in self.groups for h in group])
+        if order != sorted(order):
+            rest = layer.adapter.reorder_rest(
+                layer.module, layer.state(self.state_dict), order
+            )
+            new.update((layer.prefix + name, value) for name, value in rest.items())
+        return new
+
+    def report(self, old: State, new: State) -> LayerReport:
+        layer = self.layer
+        names = layer.adapter.names(layer.module)
+        parameters = [name for name, _ in layer.module.named_parameters()]
+        weight = old[layer.prefix + names.k[0]]
+        columns = 0
+        for role in 'kv':
+            name, bias = getattr(names, role)
+            columns += math.prod(old[layer.prefix + name].shape[1:])
+            columns += bias is not None
+        pair = layer.kv_heads, layer.new_kv_heads
+        return LayerReport(
+            name=layer.name,
+            type=type(layer.module).__name__,
+            num_heads=layer.num_heads,
+            kv_heads=pair,
+            params=tuple(
+                sum(state[layer.prefix + name].numel() for name in parameters)
+                for state in (old, new)
+            ),
+            kv_params=tuple(n * layer.head_dim * columns for n in pair),
+            kv_bytes=tuple(
+                2 * n * layer.head_dim * weight.element_size() for n in pair
+            ),
+            groups=self.groups,
+        )
 
 
 def _generator(heads: AttentionHeads, seed: int) -> torch.Generator:
@@ -352,28 +318,52 @@ def _generator(heads: AttentionHeads, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed((own << 16) ^ seed)
 
 
-def _report(
-    layer: Layer, old: State, new: State, groups: list[list[int]]
-) -> LayerReport:
-    names = layer.adapter.names(layer.module)
-    parameters = [name for name, _ in layer.module.named_parameters()]
-    weight = old[layer.prefix + names.k[0]]
-    pair = layer.kv_heads, layer.new_kv_heads
-    inputs = [
-        math.prod(old[layer.prefix + getattr(names, role)[0]].shape[1:])
-        + (getattr(names, role)[1] is not None)
-        for role in 'kv'
-    ]
-    return LayerReport(
-        name=layer.name,
-        type=type(layer.module).__name__,
-        num_heads=layer.num_heads,
-        kv_heads=pair,
-        params=tuple(
-            sum(state[layer.prefix + name].numel() for name in parameters)
-            for state in (old, new)
-        ),
-        kv_params=tuple(n * layer.head_dim * sum(inputs) for n in pair),
-        kv_bytes=tuple(2 * n * layer.head_dim * weight.element_size() for n in pair),
-        groups=groups,
-    )
+def _learned_weights(
+    calibrator: Calibrator, plans: list[_Plan], state_dict: State
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weights of the heads of each layer, for keys and for values."""
+    by_name = {plan.layer.name: plan for plan in plans}
+    means = dict(state_dict)
+    for plan in plans:
+        means.update(plan.convert('mean', None, 0))
+    start = {
+        name: torch.full(
+            (2, plan.layer.kv_heads), plan.layer.new_kv_heads / plan.layer.kv_heads
+        )
+        for name, plan in by_name.items()
+    }
+
+    def parameters(layer: Layer, weights: Tensor) -> dict[str, Tensor]:
+        new = by_name[layer.name].convert('learned', tuple(weights), 0)
+        return {name.removeprefix(layer.prefix): value for name, value in new.items()}
+
+    learned = calibrator.learn(means, start, parameters)
+    return {name: tuple(weights) for name, weights in learned.items()}
+
+
+def _compare(
+    calibrator: Calibrator,
+    converted: dict[str, Tensor],
+    report: ConversionReport,
+    refit_output: bool,
+) -> None:
+    """Notes the errors of the outputs, after refitting the projections if wanted."""
+    statistics = calibrator.compare(converted)
+    entries = {layer.name: layer for layer in report.layers}
+    for layer in calibrator.layers:
+        sums, entry = statistics[layer.name], entries[layer.name]
+        entry.error = sums.error
+        if not refit_output:
+            continue
+        weight_name, bias_name = (
+            None if name is None else layer.prefix + name
+            for name in layer.adapter.names(layer.module).out
+        )
+        old = converted[weight_name]
+        bias = None if bias_name is None else converted[bias_name].double().cpu()
+        weight, bias = sums.refit(old.double().cpu().flatten(1), bias)
+        entry.error_before_refit = entry.error
+        entry.error = sums.error_of(weight, bias)
+        converted[weight_name] = weight.reshape(old.shape).to(old)
+        if bias_name is not None:
+            converted[bias_name] = bias.to(converted[bias_name])

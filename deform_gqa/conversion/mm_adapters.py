@@ -40,9 +40,9 @@ class MultiheadAttentionAdapter(AttentionAdapter):
             return super().with_kv_heads(module, num_kv_heads)
         return GroupedMultiheadAttention.from_module(module, num_kv_heads)
 
-    def kv_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+    def inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        return call['key'], call['value']
+        return call['query'], call['key'], call['value']
 
 
 @register_adapter('mmdet.models.backbones.swin.WindowMSA', GroupedWindowMSA)

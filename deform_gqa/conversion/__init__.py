@@ -7,8 +7,10 @@
 
 from . import dat_adapters, mm_adapters  # noqa: F401  (registers them)
 from .adapter import AttentionAdapter, Names, find_adapter, register_adapter
+from .checkpoint import convert_checkpoint
 from .convert import convert_model, convert_state_dict
 from .heads import AttentionHeads, Freedom, Moments, Projection
+from .on_load import convert_heads_on_load
 from .report import ConversionReport, LayerReport
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     'Moments',
     'Names',
     'Projection',
+    'convert_checkpoint',
+    'convert_heads_on_load',
     'convert_model',
     'convert_state_dict',
     'find_adapter',

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deform_gqa.checks import check_bool, check_int
+from deform_gqa.models.backbones.dat_checkpoint import HEAD_CONVERTERS
 
 from .adapter import State, attention_modules, read_heads, write_heads
 from .alignment import covariance, moment_root
@@ -31,6 +32,7 @@ from .report import ConversionReport, LayerReport
 ALIGNING = ('aligned', 'rotated')
 
 
+@HEAD_CONVERTERS.register_module()
 def convert_state_dict(
     state_dict: State,
     model: nn.Module,

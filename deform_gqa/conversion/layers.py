@@ -1,5 +1,6 @@
 """The attention modules of a model that are converted, and their replacement."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 
@@ -82,6 +83,9 @@ def with_kv_heads(model: nn.Module, counts: Mapping[str, int]) -> nn.Module:
             return made[id(module)]
         parent, _, child = name.rpartition('.')
         setattr(model.get_submodule(parent), child, made[id(module)])
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and made:
+            module.use_nested_tensor = False  # which torch's own attention alone takes
     return model
 
 
@@ -122,3 +126,10 @@ def find_layers(
             )
         layers.append(Layer(name, modules[name], head_dim, old, new))
     return layers
+
+
+def skeleton(model: nn.Module, counts: Mapping[str, int]) -> nn.Module:
+    """The model with these numbers of kv heads on the meta device: shapes alone."""
+    memo = {id(x): nn.Parameter(x.to('meta')) for x in model.parameters()}
+    memo |= {id(x): x.to('meta') for x in model.buffers()}
+    return with_kv_heads(copy.deepcopy(model, memo), counts)

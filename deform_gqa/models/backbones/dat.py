@@ -55,8 +55,11 @@ class DAT(BaseModule):
         backend: Backend of the attention ops: 'auto', 'naive', 'torch' or 'triton'.
         init_cfg: As in mmengine. ``dict(type='Pretrained', checkpoint=...)`` also loads
             official DAT checkpoints of the classification and the detection repository;
-            it takes mmengine's ``prefix`` and ``map_location``. In a list of several
-            initialisations it is mmengine's own, which does not resample bias tables.
+            it takes mmengine's ``prefix`` and ``map_location``, and ``convert_heads``
+            for weights of more kv heads than the backbone has: the ``merge`` of
+            :func:`deform_gqa.conversion.convert_state_dict`, such as 'mean', or a dict
+            with options of that function. In a list of several initialisations it is
+            mmengine's own, which neither resamples bias tables nor converts heads.
 
     Raises:
         TypeError: For an attention option that its class does not take, or an option
@@ -188,11 +191,11 @@ class DAT(BaseModule):
             super().init_weights()
             return
         options = {name: value for name, value in cfg.items() if name != 'type'}
-        known = {'checkpoint', 'prefix', 'map_location'}
+        known = {'checkpoint', 'prefix', 'map_location', 'convert_heads'}
         if 'checkpoint' not in options or not set(options) <= known:
             raise ValueError(
-                "init_cfg of type 'Pretrained' takes checkpoint and, if needed, prefix "
-                f'and map_location, got {dict(cfg)}'
+                "init_cfg of type 'Pretrained' takes checkpoint and, if needed, "
+                f'prefix, map_location and convert_heads, got {dict(cfg)}'
             )
         load_dat_checkpoint(self, **options)
         self._is_init = True

@@ -7,10 +7,10 @@
 
 from . import dat_adapters, mm_adapters  # noqa: F401  (registers them)
 from .adapter import AttentionAdapter, Names, find_adapter, register_adapter
+from .builder import convert_heads
 from .checkpoint import convert_checkpoint
 from .convert import convert_model, convert_state_dict
 from .heads import AttentionHeads, Freedom, Moments, Projection
-from .on_load import convert_heads_on_load
 from .report import ConversionReport, LayerReport
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     'Names',
     'Projection',
     'convert_checkpoint',
-    'convert_heads_on_load',
+    'convert_heads',
     'convert_model',
     'convert_state_dict',
     'find_adapter',

@@ -9,6 +9,7 @@ from deform_gqa.engine.checkpoint_io import (
 from deform_gqa.engine.hooks import (
     AttentionDistillationHook,
     AttentionVisualizationHook,
+    GQAConversionHook,
     ResumableCheckpointHook,
     RuntimeBenchmarkHook,
 )
@@ -17,6 +18,7 @@ __all__ = [
     'AttentionDistillationHook',
     'AttentionVisualizationHook',
     'BFloat16OptimWrapper',
+    'GQAConversionHook',
     'ResumableCheckpointHook',
     'RuntimeBenchmarkHook',
     'check_checkpoint',

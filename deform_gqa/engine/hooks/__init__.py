@@ -4,12 +4,14 @@ from deform_gqa.engine.hooks.attention_distillation_hook import (
 from deform_gqa.engine.hooks.attention_visualization_hook import (
     AttentionVisualizationHook,
 )
+from deform_gqa.engine.hooks.gqa_conversion_hook import GQAConversionHook
 from deform_gqa.engine.hooks.resumable_checkpoint_hook import ResumableCheckpointHook
 from deform_gqa.engine.hooks.runtime_benchmark_hook import RuntimeBenchmarkHook
 
 __all__ = [
     'AttentionDistillationHook',
     'AttentionVisualizationHook',
+    'GQAConversionHook',
     'ResumableCheckpointHook',
     'RuntimeBenchmarkHook',
 ]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from deform_gqa.checks import check_int, describe
+from deform_gqa.checks import check_int
 
 KVHeads = int | float | str | Mapping[str, int | float | str] | None
 
@@ -50,7 +50,8 @@ def resolve_num_kv_heads(
     return resolved
 
 
-def _number(value: Any, num_heads: int, name: str) -> int:
+def _number(given: Any, num_heads: int, name: str) -> int:
+    value = given
     if isinstance(value, str):
         try:
             value = Fraction(value)
@@ -73,7 +74,7 @@ def _number(value: Any, num_heads: int, name: str) -> int:
     whole = count.denominator == 1
     if not whole or count < 1 or count > num_heads or num_heads % int(count):
         raise ValueError(
-            f'num_kv_heads={describe(value)} does not fit {name or "the module"}: its '
+            f'num_kv_heads={given!r} does not fit {name or "the module"}: its '
             f'{num_heads} query heads cannot share {count} kv heads'
         )
     return int(count)

@@ -248,7 +248,9 @@ def test_calibration_needs_data(tool, trained, tmp_path, capsys):
         ('neck.fpn_convs.0.conv.weight', (3,), 'has shape (3,)'),
     ],
 )
-def test_checkpoints_of_another_model(tool, state, tmp_path, capsys, change, message):
+def test_checkpoints_of_another_model(
+    tool, state, tmp_path, capsys, name, shape, message
+):
     path = tmp_path / 'other.pth'
     torch.save(dict(state_dict=dict(state) | {name: torch.ones(shape)}), path)
     out = tmp_path / 'converted.pth'

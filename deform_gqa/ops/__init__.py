@@ -20,17 +20,37 @@ from .common.backends import unsupported_reason
 from .deform_attn import deform_attn
 from .deform_sample import deform_sample
 from .deform_sdpa import deform_sdpa, deform_sdpa_triton
-from .gqa import scaled_dot_product_gqa
+from .gqa import (
+    custom_gqa,
+    dynamic_gqa,
+    group_attention,
+    group_queries,
+    groups_for_length,
+    hierarchical_gqa,
+    key_driven_allocation,
+    key_driven_gqa,
+    scaled_dot_product_gqa,
+    sparse_gqa,
+)
 from .ms_deform_attn import ms_deform_attn
 from .neighborhood_attn import neighborhood_attn
 
 __all__ = [
+    'custom_gqa',
     'deform_attn',
     'deform_sample',
     'deform_sdpa',
     'deform_sdpa_triton',
+    'dynamic_gqa',
+    'group_attention',
+    'group_queries',
+    'groups_for_length',
+    'hierarchical_gqa',
+    'key_driven_allocation',
+    'key_driven_gqa',
     'ms_deform_attn',
     'neighborhood_attn',
     'scaled_dot_product_gqa',
+    'sparse_gqa',
     'unsupported_reason',
 ]

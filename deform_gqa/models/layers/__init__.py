@@ -13,6 +13,13 @@ from .dense_attention import (
     SingleHeadAttention,
 )
 from .depthwise import DepthwiseConv
+from .gqa_variants import (
+    GQAAttention,
+    GQATransformerEncoder,
+    KeyDrivenGQA,
+    SimilarityGQA,
+    SparseGQA,
+)
 from .grouped_multihead_attention import GroupedMultiheadAttention
 from .grouped_window_msa import GroupedWindowMSA
 from .latent_attention import MultiHeadLatentAttention
@@ -35,9 +42,12 @@ __all__ = [
     'DeformableAttention3D',
     'DeformableGQA',
     'DepthwiseConv',
+    'GQAAttention',
+    'GQATransformerEncoder',
     'GroupedMultiheadAttention',
     'GroupedQueryAttention',
     'GroupedWindowMSA',
+    'KeyDrivenGQA',
     'LinformerAttention',
     'MSDeformAttn',
     'MultiHeadAttention',
@@ -49,7 +59,9 @@ __all__ = [
     'Projection',
     'PyramidAttention',
     'ShiftedWindowAttention',
+    'SimilarityGQA',
     'SingleHeadAttention',
+    'SparseGQA',
     'WindowAttention',
     'share_projections',
 ]

@@ -65,7 +65,7 @@ def scaled_dot_product_gqa(
     Source: Ainslie et al., "GQA" (arXiv 2305.13245);
     https://github.com/fkodom/grouped-query-attention-pytorch.
     """
-    _check_inputs(query, key, value)
+    check_inputs(query, key, value)
     checks.check_rate('dropout', dropout)
     scale = _check_divisor(scale, query.shape[3])
     if mask is not None:
@@ -154,21 +154,33 @@ def _weights(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Tensor:
     return weights.to(query.dtype)
 
 
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
-    checks.check_tensor('query', query, 'b n h d')
-    checks.check_tensor('key', key, 'b s h_kv d')
-    checks.check_tensor('value', value, 'b s h_kv d')
-    checks.check_channels('query', query)
+def check_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    names: tuple[str, str, str] = ('query', 'key', 'value'),
+) -> None:
+    """(b, n, h, d) with two (b, s, h_kv, d), h % h_kv == 0, s >= 1, of one dtype.
+
+    Raises:
+        TypeError: For a tensor of the wrong dtype.
+        ValueError: For shapes that do not fit.
+    """
+    query_name, key_name, value_name = names
+    checks.check_tensor(query_name, query, 'b n h d')
+    checks.check_tensor(key_name, key, 'b s h_kv d')
+    checks.check_tensor(value_name, value, 'b s h_kv d')
+    checks.check_channels(query_name, query)
     batch, _, heads, head_dim = query.shape
     _, num_keys, num_kv_heads, _ = key.shape
     expected = (batch, num_keys, num_kv_heads, head_dim)
-    checks.check_shape('key', key, expected, '(b, s, h_kv, d)')
-    checks.check_shape('value', value, expected, '(b, s, h_kv, d)')
-    checks.check_same('key', key, 'query', query)
-    checks.check_same('value', value, 'query', query)
+    checks.check_shape(key_name, key, expected, '(b, s, h_kv, d)')
+    checks.check_shape(value_name, value, expected, '(b, s, h_kv, d)')
+    checks.check_same(key_name, key, query_name, query)
+    checks.check_same(value_name, value, query_name, query)
     checks.check_heads(heads, num_kv_heads)
     if num_keys == 0:
-        raise ValueError('key and value hold no keys (s == 0)')
+        raise ValueError(f'{key_name} and {value_name} hold no keys (s == 0)')
 
 
 def _check_divisor(scale: float | None, head_dim: int) -> float:

@@ -3,6 +3,7 @@
 from .detections import draw_detections
 from .record import OwnSamples, RecordedAttention, SharedSamples, record_attention
 from .sampling import draw_attention, figure_to_image
+from .token_groups import visualize_attention
 
 __all__ = [
     'OwnSamples',
@@ -12,4 +13,5 @@ __all__ = [
     'draw_detections',
     'figure_to_image',
     'record_attention',
+    'visualize_attention',
 ]

@@ -2,17 +2,15 @@
 
 import argparse
 
-from deform_gqa.engine import check_checkpoint
+from deform_gqa.engine.resuming import choose_start, use_resumable_training
 from deform_gqa.engine.runner_utils import (
     add_common_arguments,
     build_runner,
     check_common_arguments,
-    find_checkpoint_to_resume,
     leave_process_group,
     load_config,
     use_amp,
     use_auto_scale_lr,
-    use_resumable_checkpoints,
 )
 
 
@@ -34,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs='?',
         const='auto',
         help='go on from this checkpoint or, without a value, from the newest one in '
-        'the work folder',
+        'the work folder if there is one',
     )
     add_common_arguments(parser)
     return parser
@@ -44,17 +42,12 @@ def set_up(args: argparse.Namespace):
     """The config with the options of the command line, all of them checked."""
     check_common_arguments(args)
     cfg = load_config(args)
-    use_resumable_checkpoints(cfg)
+    use_resumable_training(cfg)
     if args.amp:
         use_amp(cfg)
     if args.auto_scale_lr:
         use_auto_scale_lr(cfg)
-    if args.resume == 'auto':
-        cfg.resume, cfg.load_from = True, find_checkpoint_to_resume(cfg.work_dir)
-    elif args.resume is not None:
-        cfg.resume, cfg.load_from = True, args.resume
-    if cfg.get('load_from') is not None:
-        check_checkpoint(cfg.load_from)
+    choose_start(cfg, args.resume)
     return cfg
 
 

@@ -10,8 +10,13 @@ from deform_gqa.engine.hooks import (
     AttentionDistillationHook,
     AttentionVisualizationHook,
     GQAConversionHook,
+    PreemptionHook,
     ResumableCheckpointHook,
     RuntimeBenchmarkHook,
+)
+from deform_gqa.engine.resumable_loops import (
+    ResumableEpochBasedTrainLoop,
+    ResumableIterBasedTrainLoop,
 )
 
 __all__ = [
@@ -19,7 +24,10 @@ __all__ = [
     'AttentionVisualizationHook',
     'BFloat16OptimWrapper',
     'GQAConversionHook',
+    'PreemptionHook',
     'ResumableCheckpointHook',
+    'ResumableEpochBasedTrainLoop',
+    'ResumableIterBasedTrainLoop',
     'RuntimeBenchmarkHook',
     'check_checkpoint',
     'load_checkpoint',

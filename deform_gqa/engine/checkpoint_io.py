@@ -24,10 +24,16 @@ from torch.serialization import safe_globals
 __all__ = [
     'AtomicLocalBackend',
     'check_checkpoint',
+    'find_checkpoint_to_resume',
     'load_checkpoint',
+    'point_to_checkpoint',
+    'remove_parts',
+    'use_atomic_writing',
     'use_safe_loading',
 ]
 
+_PART = '.part'
+_POINTER = 'last_checkpoint'
 _ZIP_HEAD = b'PK'
 # Files of torch.save before version 1.6 start with this number, pickled.
 _OLD_HEAD = torch.serialization.MAGIC_NUMBER.to_bytes(10, 'little')
@@ -39,25 +45,50 @@ _NUMPY_SCALARS = (np.bool_, np.int32, np.int64, np.uint8, np.uint32, np.float32)
 class AtomicLocalBackend(LocalBackend):
     """Local files that are replaced in one step.
 
-    Chosen with ``backend_args=dict(backend='atomic_local')``. A reader sees the old
-    file or the new one, never a part, whenever the writer is killed.
+    Chosen with ``backend_args=dict(backend='atomic_local')``, or for all local files by
+    :func:`use_atomic_writing`. A reader sees the old file or the new one, never a part,
+    whenever the writer is killed.
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Writes ``obj`` beside ``filepath``, syncs it to disk and renames it."""
+        """Writes ``obj`` beside ``filepath``, syncs it to disk and renames it.
+
+        Raises:
+            OSError: Naming ``filepath``, which is then what it was before.
+        """
         filepath = Path(filepath)
-        filepath.parent.mkdir(parents=True, exist_ok=True)
-        part = filepath.with_name(filepath.name + '.part')
-        with open(part, 'wb') as file:
-            file.write(obj)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, filepath)
-        _sync_folder(filepath.parent)
+        part = filepath.with_name(filepath.name + _PART)
+        try:
+            filepath.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, 'wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, filepath)
+            _sync_folder(filepath.parent)
+        except OSError as error:  # of a write, it has no file name
+            raise OSError(error.errno, error.strerror, str(filepath)) from error
+        finally:
+            part.unlink(missing_ok=True)  # on a full disk, it would keep it full
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
         """As :meth:`put`, for text."""
         self.put(obj.encode(encoding), filepath)
+
+
+def use_atomic_writing() -> None:
+    """Makes all local files of mmengine's file backends appear in one step.
+
+    mmengine's FlexibleRunner saves checkpoints without a choice of the backend.
+    """
+    register_backend('local', AtomicLocalBackend, force=True, prefixes='')
+
+
+def remove_parts(folder: str | Path) -> None:
+    """Removes what writers that were killed have left in a folder of checkpoints."""
+    for name in (f'*.pth{_PART}', f'{_POINTER}{_PART}'):
+        for part in Path(folder).glob(name):
+            part.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -165,6 +196,30 @@ def check_checkpoint(filename: str | Path) -> None:
     """
     if '://' not in str(filename):
         load_checkpoint(filename, map_location='meta')
+
+
+def point_to_checkpoint(work_dir: str | Path, path: str) -> None:
+    """Notes in a work folder which checkpoint is the newest."""
+    AtomicLocalBackend().put_text(path, Path(work_dir, _POINTER))
+
+
+def find_checkpoint_to_resume(work_dir: str | Path) -> str | None:
+    """The newest checkpoint of a work folder, or None where there is none yet.
+
+    Raises:
+        FileNotFoundError: The folder's ``last_checkpoint`` names a missing file, and
+            there is none of that name beside it either.
+        ValueError: The file is damaged or unsafe to read.
+    """
+    pointer = Path(work_dir, _POINTER)
+    if not pointer.is_file():
+        return None
+    path = pointer.read_text(encoding='utf-8').strip()
+    moved = pointer.with_name(Path(path).name)
+    if not os.path.exists(path) and moved.is_file():  # with its folder
+        path = str(moved)
+    check_checkpoint(path)
+    return path
 
 
 def load_from_http(url: str, map_location: str | torch.device | None = None) -> dict:

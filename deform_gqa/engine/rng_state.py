@@ -4,11 +4,13 @@ Everything returned here passes torch's weights-only unpickler.
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-__all__ = ['get_rng_state', 'set_rng_state']
+__all__ = ['get_rng_state', 'seeded', 'set_rng_state']
 
 
 def get_rng_state() -> dict:
@@ -44,3 +46,25 @@ def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state['torch'].cpu())
     if 'cuda' in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'].cpu())
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seeds the CPU's generators for a while; they then go on where they were.
+
+    Generators of CUDA devices are left alone, so that it works in a forked process.
+
+    Args:
+        key: Non-negative integers. Other keys give other random numbers.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -10,18 +10,16 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from deform_gqa.engine.checkpoint_io import check_checkpoint, use_safe_loading
+from deform_gqa.engine.checkpoint_io import use_safe_loading
 
 __all__ = [
     'add_common_arguments',
     'build_runner',
     'check_common_arguments',
-    'find_checkpoint_to_resume',
     'leave_process_group',
     'load_config',
     'use_amp',
     'use_auto_scale_lr',
-    'use_resumable_checkpoints',
     'use_tta',
 ]
 
@@ -180,13 +178,6 @@ def use_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def use_resumable_checkpoints(cfg: Config) -> None:
-    """Replaces mmengine's checkpoint hook by ours, which takes the same options."""
-    hook = cfg.get('default_hooks', {}).get('checkpoint')
-    if hook is not None and hook.get('type') == 'CheckpointHook':
-        hook.type = 'ResumableCheckpointHook'
-
-
 def use_tta(cfg: Config) -> None:
     """Tests on each image and its mirror image, unless the config says otherwise.
 
@@ -230,18 +221,3 @@ def _mirror_transform() -> dict:
     pack = dict(type='PackDetInputs', meta_keys=(*keys, 'flip', 'flip_direction'))
     flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
     return dict(type='TestTimeAug', transforms=[flips, [pack]])
-
-
-def find_checkpoint_to_resume(work_dir: str) -> str | None:
-    """The newest checkpoint of a work folder, or None where there is none yet.
-
-    Raises:
-        FileNotFoundError: The folder's ``last_checkpoint`` names a missing file.
-        ValueError: The file is damaged or unsafe to read.
-    """
-    pointer = Path(work_dir, 'last_checkpoint')
-    if not pointer.is_file():
-        return None
-    path = pointer.read_text().strip()
-    check_checkpoint(path)
-    return path

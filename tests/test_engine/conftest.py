@@ -1,5 +1,6 @@
 import pytest
 import torch
+from mmengine.fileio.backends import registry_utils
 from mmengine.runner import CheckpointLoader
 
 
@@ -13,6 +14,9 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def own_schemes(monkeypatch):
-    """Undoes what a test registers with mmengine's loader."""
+def own_files(monkeypatch):
+    """Undoes what a test registers with mmengine's loader and file backends."""
     monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    for known, key in (('backends', 'local'), ('prefix_to_backends', '')):
+        known = getattr(registry_utils, known)
+        monkeypatch.setitem(known, key, known[key])

@@ -1,4 +1,5 @@
 import argparse
+import errno
 import http.server
 import os
 import re
@@ -15,7 +16,13 @@ from mmengine.runner import load_checkpoint as mmengine_load_checkpoint
 from torch import nn
 
 from deform_gqa.engine import check_checkpoint, load_checkpoint, use_safe_loading
-from deform_gqa.engine.checkpoint_io import AtomicLocalBackend
+from deform_gqa.engine.checkpoint_io import (
+    AtomicLocalBackend,
+    find_checkpoint_to_resume,
+    point_to_checkpoint,
+    remove_parts,
+    use_atomic_writing,
+)
 
 
 class Malicious:
@@ -210,3 +217,46 @@ def test_backend_replaces_in_one_step(tmp_path, monkeypatch):
     backend.put_text('new', file)
     assert file.read_text() == 'new'
     assert [path.name for path in file.parent.iterdir()] == ['file']
+
+
+def test_a_full_disk_keeps_nothing_of_what_did_not_fit(tmp_path, monkeypatch):
+    file = tmp_path / 'epoch_1.pth'
+    file.write_bytes(b'old')
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*epoch_1\.pth'"):
+        AtomicLocalBackend().put(b'new', file)
+    assert file.read_bytes() == b'old'
+    assert os.listdir(tmp_path) == ['epoch_1.pth']
+
+
+def test_atomic_writing_of_everything(tmp_path):
+    use_atomic_writing()
+    file = str(tmp_path / 'file')
+    for arguments in (None, dict(backend='local')):
+        backend = get_file_backend(file, backend_args=arguments)
+        assert isinstance(backend, AtomicLocalBackend)
+
+
+def test_parts_of_killed_writers_go(tmp_path):
+    for name in ('epoch_1.pth', 'epoch_2.pth.part', 'last_checkpoint.part', 'a.part'):
+        (tmp_path / name).touch()
+    remove_parts(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ['a.part', 'epoch_1.pth']
+    remove_parts(tmp_path / 'none')
+
+
+def test_checkpoint_to_resume(tmp_path):
+    work_dir = tmp_path / 'work'
+    assert find_checkpoint_to_resume(str(work_dir)) is None
+    file = work_dir / 'epoch_1.pth'
+    point_to_checkpoint(work_dir, str(file))
+    with pytest.raises(FileNotFoundError, match=r"epoch_1\.pth' does not exist"):
+        find_checkpoint_to_resume(str(work_dir))
+    torch.save(dict(state_dict={}), file)
+    assert find_checkpoint_to_resume(str(work_dir)) == str(file)
+    moved = work_dir.rename(tmp_path / 'moved')
+    assert find_checkpoint_to_resume(moved) == str(moved / 'epoch_1.pth')

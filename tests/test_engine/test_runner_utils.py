@@ -8,11 +8,9 @@ from mmengine.config import Config
 from deform_gqa.engine import runner_utils
 from deform_gqa.engine.runner_utils import (
     check_common_arguments,
-    find_checkpoint_to_resume,
     load_config,
     use_amp,
     use_auto_scale_lr,
-    use_resumable_checkpoints,
     use_tta,
 )
 
@@ -140,24 +138,6 @@ def test_auto_scale_lr():
             use_auto_scale_lr(Config(settings))
 
 
-@pytest.mark.parametrize(
-    ('hooks', 'expected'),
-    [
-        (
-            dict(checkpoint=dict(type='CheckpointHook', interval=2)),
-            dict(checkpoint=dict(type='ResumableCheckpointHook', interval=2)),
-        ),
-        (dict(checkpoint=dict(type='MyHook')), dict(checkpoint=dict(type='MyHook'))),
-        (dict(checkpoint=None), dict(checkpoint=None)),
-        (dict(), dict()),
-    ],
-)
-def test_resumable_checkpoints(hooks, expected):
-    cfg = Config(dict(default_hooks=hooks))
-    use_resumable_checkpoints(cfg)
-    assert cfg.default_hooks == expected
-
-
 def test_tta_of_a_wrapped_dataset():
     inner = dict(type='CocoDataset', pipeline=[FLIP, PACK])
     loader = dict(dataset=dict(type='RepeatDataset', dataset=inner))
@@ -217,13 +197,3 @@ def test_tta_without_masks_in_a_two_stage_model():
 def test_tta_without_test_data():
     with pytest.raises(ValueError, match=r'--tta needs test_dataloader .* got None'):
         use_tta(Config(dict(model=dict(type='RetinaNet'))))
-
-
-def test_checkpoint_to_resume(tmp_path):
-    assert find_checkpoint_to_resume(str(tmp_path)) is None
-    file = tmp_path / 'epoch_1.pth'
-    (tmp_path / 'last_checkpoint').write_text(str(file))
-    with pytest.raises(FileNotFoundError, match=r"epoch_1\.pth' does not exist"):
-        find_checkpoint_to_resume(str(tmp_path))
-    torch.save(dict(state_dict={}), file)
-    assert find_checkpoint_to_resume(str(tmp_path)) == str(file)

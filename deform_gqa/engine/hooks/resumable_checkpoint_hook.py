@@ -1,23 +1,28 @@
 """A checkpoint hook whose files let a killed run go on as if nothing had happened."""
 
-import random
 from collections import deque
-from functools import partial
-from pathlib import Path
 
-import numpy as np
-import torch
-from mmengine.dataset import worker_init_fn as mmengine_worker_init_fn
 from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from deform_gqa.engine.checkpoint_io import AtomicLocalBackend
+from deform_gqa.engine.checkpoint_io import (
+    point_to_checkpoint,
+    remove_parts,
+    use_atomic_writing,
+)
+from deform_gqa.engine.resumable_batches import (
+    ResumableBatchSampler,
+    resumable_batches,
+)
+from deform_gqa.engine.resumable_loops import ResumableIterBasedTrainLoop
 from deform_gqa.engine.rng_state import get_rng_state, set_rng_state
 
 __all__ = ['ResumableCheckpointHook']
+
+INTERRUPTED = 'interrupted.pth'
 
 
 @HOOKS.register_module()
@@ -29,35 +34,77 @@ class ResumableCheckpointHook(CheckpointHook):
     - a local file appears complete or not at all; ``last_checkpoint`` is written and
       older files are removed only after that;
     - the random states of every process are stored and come back on resume, as does
-      the seed of the sampler; validation leaves them untouched, and data workers are
-      seeded from them at each epoch.
+      the seed of the sampler; validation leaves them untouched. Data have random
+      numbers of their own, see :mod:`deform_gqa.engine.resumable_batches`;
+    - a file is saved before the validation of its epoch or iteration and again after
+      it. A run that resumes the first of them validates before it trains.
 
-    So a run of an epoch-based loop that is killed and resumed ends with the same
-    weights as one that was not, given the same number of processes and deterministic
-    kernels. With an iteration-based loop the model draws the same random numbers as
-    well; data transforms do if they run in worker processes.
+    So a run that is killed and resumed ends with the same weights as one that was not,
+    given the same number of processes and deterministic kernels. That holds for
+    checkpoints at the end of an epoch with any epoch-based loop; in the middle of an
+    epoch, and with iteration-based loops, it takes those of
+    :mod:`deform_gqa.engine.resumable_loops`.
 
-    The checkpoint has one more key, ``rng``: ``states``, one entry per process (see
+    The checkpoint has two more keys. ``rng``: ``states``, one entry per process (see
     :func:`deform_gqa.engine.rng_state.get_rng_state`), and ``sampler_seed``.
+    ``progress``: ``batches_done`` of the current epoch, of ``batches_per_epoch``, and
+    ``validated``.
     """
 
     def __init__(self, **kwargs) -> None:
-        if _stores_locally(**kwargs):
-            kwargs['backend_args'] = dict(backend='atomic_local')
         super().__init__(**kwargs)
         self._state_before_val: dict | None = None
-        self._rng_to_save: dict | None = None
-        self._rng_loaded: dict | None = None
+        self._to_save: dict | None = None
+        self._loaded: dict = {}
+        self._batches: ResumableBatchSampler | None = None
+        self._batches_done = 0
+        self._validated = False
+        # Of the newest file: the number of iterations, and whether they are validated.
+        self._saved: tuple[int, bool] | None = None
 
     # Saving
 
-    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict):
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         """Replaces the parent's method, which removes old files before it saves."""
-        expired = self._keep(runner, step)
-        filename = self.filename_tmpl.format(step)
+        if self._validated:  # FlexibleRunner has added to it
+            meta = dict(epoch=runner.epoch, iter=runner.iter)
+        expired = [self.filename_tmpl.format(old) for old in self._keep(runner, step)]
+        self._save(runner, self.filename_tmpl.format(step), meta)
+        if is_main_process():
+            for name in (*expired, INTERRUPTED):
+                self._remove(self.file_backend.join_path(self.out_dir, name))
+
+    def save_interrupted(self, runner: Runner, batch_idx: int) -> None:
+        """Saves after an iteration, whatever the interval.
+
+        The file is ``interrupted.pth``, until the next file of the usual name is saved.
+        Nothing is done if this iteration's file is there.
+
+        Args:
+            runner (Runner): It is in ``after_train_iter``.
+            batch_idx (int): As the runner passes it.
+        """
+        if not self.has_saved(runner.iter + 1):
+            self._batches_done = batch_idx + 1
+            meta = dict(epoch=runner.epoch, iter=runner.iter + 1)
+            self._save(runner, INTERRUPTED, meta)
+
+    def has_saved(self, iterations: int) -> bool:
+        """Whether the newest file is the state after so many iterations."""
+        return self._saved is not None and self._saved[0] == iterations
+
+    def _save(self, runner: Runner, filename: str, meta: dict) -> None:
         self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        self._rng_to_save = self._gather_rng(runner)
+        self._to_save = dict(
+            meta=dict(meta),
+            rng=self._gather_rng(runner),
+            progress=dict(
+                batches_done=self._batches_done,
+                batches_per_epoch=self._batches_per_epoch,
+                validated=self._validated,
+            ),
+        )
         runner.save_checkpoint(
             self.out_dir,
             filename,
@@ -69,13 +116,10 @@ class ResumableCheckpointHook(CheckpointHook):
             backend_args=self.backend_args,
             **self.args,
         )
-        self._rng_to_save = None
+        self._to_save = None
+        self._saved = (meta['iter'], self._validated)
         if is_main_process():
-            pointer = Path(runner.work_dir, 'last_checkpoint')
-            AtomicLocalBackend().put_text(self.last_ckpt, pointer)
-            for old in expired:
-                name = self.filename_tmpl.format(old)
-                self._remove(self.file_backend.join_path(self.out_dir, name))
+            point_to_checkpoint(runner.work_dir, self.last_ckpt)
 
     def _keep(self, runner: Runner, step: int) -> list[int]:
         """Notes that ``step`` is saved; returns the steps whose files may go.
@@ -103,13 +147,29 @@ class ResumableCheckpointHook(CheckpointHook):
             state = get_rng_state()
         return dict(
             states=all_gather_object(state),
-            sampler_seed=getattr(runner.train_dataloader.sampler, 'seed', None),
+            sampler_seed=getattr(_sampler(runner.train_dataloader), 'seed', None),
         )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Adds the random states, except to the best checkpoint: no run resumes it."""
-        if self._rng_to_save is not None:
-            checkpoint['rng'] = self._rng_to_save
+        """Adds what resuming needs, but not to the best file, which no run resumes."""
+        if self._to_save is not None:
+            checkpoint['meta'].update(self._to_save['meta'])
+            checkpoint['rng'] = self._to_save['rng']
+            checkpoint['progress'] = self._to_save['progress']
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, **kwargs) -> None:
+        self._batches_done = batch_idx + 1 if _is_epoch_based(runner) else 0
+        super().after_train_iter(runner, batch_idx, **kwargs)
+        self._batches_done = 0
+
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        """Saves once more what was saved before validation."""
+        self._validated = True
+        super().after_val_epoch(runner, metrics)  # does so if the best has changed
+        if self._saved == (runner.iter, False):
+            step = runner.epoch if self.by_epoch else runner.iter
+            self._save_checkpoint_with_step(runner, step, meta={})
+        self._validated = False
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         """Lets the parent save first, and then removes the former best file."""
@@ -145,45 +205,91 @@ class ResumableCheckpointHook(CheckpointHook):
     # Resuming
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Keeps the random states until training starts."""
-        self._rng_loaded = checkpoint.pop('rng', None)
+        """Keeps what this hook has stored until training starts."""
+        keys = ('rng', 'progress')
+        self._loaded = {key: checkpoint.pop(key) for key in keys if key in checkpoint}
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
-        resumed = runner.iter > 0
-        if resumed and self._rng_loaded is not None:
-            sampler = runner.train_dataloader.sampler
-            if hasattr(sampler, 'seed'):
-                sampler.seed = self._rng_loaded['sampler_seed']
-        elif resumed:
+        use_atomic_writing()
+        if is_main_process():
+            remove_parts(runner.work_dir)
+            remove_parts(self.out_dir)
+        if runner.iter == 0:
+            self._loaded = {}  # of weights that a new training starts from
+        elif 'rng' in self._loaded:
+            _set_sampler_seed(runner, self._loaded['rng']['sampler_seed'])
+        else:
             runner.logger.warning(
                 'The checkpoint holds no random states: the resumed training will '
                 'differ from one without a break.'
             )
-        else:
-            self._rng_loaded = None  # of weights that a new training starts from
-        if _is_epoch_based(runner):
-            _seed_workers_by_main_process(runner.train_dataloader)
+        self._prepare_data(runner)
+        self._batches_done = self._find_batches_done(runner)
+        self._restore_rng(runner)
+        self._make_up_for_validation(runner)
+
+    def _find_batches_done(self, runner: Runner) -> int:
+        progress = self._loaded.get('progress', dict(batches_done=0))
+        done, former = progress['batches_done'], progress.get('batches_per_epoch')
+        if done and former != self._batches_per_epoch:
+            runner.logger.warning(
+                f'The checkpoint was written in an epoch of {former} batches, and now '
+                f'there are {self._batches_per_epoch}: the epoch starts anew.'
+            )
+            return 0
+        return done
+
+    @property
+    def _batches_per_epoch(self) -> int | None:
+        """None if the loader cannot leave batches out."""
+        return None if self._batches is None else len(self._batches)
+
+    def _prepare_data(self, runner: Runner) -> None:
+        """Gives the data random numbers of their own."""
+        loops = (EpochBasedTrainLoop, ResumableIterBasedTrainLoop)
+        if isinstance(runner.train_loop, loops):
+            self._batches = resumable_batches(runner.train_dataloader)
+        if self._batches is not None:
+            self._batches.key = (runner.seed, get_rank())
+
+    def _make_up_for_validation(self, runner: Runner) -> None:
+        """Validates a checkpoint that was saved before its validation."""
+        validated = self._loaded.get('progress', {}).get('validated', True)
+        if not validated and not self._batches_done and _validation_is_due(runner):
+            runner.logger.info('The checkpoint was not validated yet.')
+            self._saved = (runner.iter, False)
+            # What the message hub says while the loop validates.
+            hub = runner.message_hub
+            hub.update_info('iter', runner.iter - 1)
+            hub.update_info('epoch', runner.epoch - _is_epoch_based(runner))
+            runner.val_loop.run()
+            hub.update_info('iter', runner.iter)
+            hub.update_info('epoch', runner.epoch)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Restores the random states before the epoch draws from them."""
-        if _is_epoch_based(runner):
+        done, self._batches_done = self._batches_done, 0
+        if self._batches is not None:
+            self._batches.start_epoch(runner.iter - done, done)
+        if _is_epoch_based(runner) and not done:
             self._restore_rng(runner)
-            _restart_workers(runner.train_dataloader)
+            self._loaded = {}
+        _restart_workers(runner.train_dataloader)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None):
-        """Restores them in a loop that skips old batches after the method above."""
-        if not _is_epoch_based(runner):
+        """Restores the random states where other hooks may have used them up."""
+        if self._loaded:
             self._restore_rng(runner)
+            self._loaded = {}
 
     def _restore_rng(self, runner: Runner) -> None:
-        loaded, self._rng_loaded = self._rng_loaded, None
-        if loaded is None:
+        if 'rng' not in self._loaded:
             return
-        states = loaded['states']
+        states = self._loaded['rng']['states']
         if len(states) == get_world_size():
             set_rng_state(states[get_rank()])
         else:
+            del self._loaded['rng']
             runner.logger.warning(
                 f'The checkpoint was written by {len(states)} processes and is resumed '
                 f'by {get_world_size()}: random states are not restored.'
@@ -201,38 +307,35 @@ class ResumableCheckpointHook(CheckpointHook):
         self._state_before_val = None
 
 
-def _stores_locally(
-    backend_args: dict | None = None,
-    file_client_args: dict | None = None,
-    out_dir: str | Path | None = None,
-    **_,
-) -> bool:
-    named = backend_args is not None or file_client_args is not None
-    return not named and '://' not in str(out_dir)
-
-
 def _is_epoch_based(runner: Runner) -> bool:
     return isinstance(runner.train_loop, EpochBasedTrainLoop)
 
 
-def _seed_workers_by_main_process(loader: DataLoader) -> None:
-    """Replaces mmengine's worker seeds, which are the same in every epoch."""
-    init = loader.worker_init_fn
-    if isinstance(init, partial) and init.func is mmengine_worker_init_fn:
-        offset = get_rank() * loader.num_workers
-        loader.worker_init_fn = partial(_seed_worker, offset=offset)
+def _sampler(loader: DataLoader) -> Sampler:
+    """The sampler of the items; a loader with a batch sampler does not know it."""
+    return getattr(loader.batch_sampler, 'sampler', loader.sampler)
 
 
-def _seed_worker(worker_id: int, offset: int) -> None:
-    """Seeds from a number that the main process drew, different on each rank."""
-    seed = (torch.initial_seed() + offset) % 2**32
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def _set_sampler_seed(runner: Runner, seed: int | None) -> None:
+    sampler = _sampler(runner.train_dataloader)
+    if hasattr(sampler, 'seed'):
+        sampler.seed = seed
+
+
+def _validation_is_due(runner: Runner) -> bool:
+    """Whether the training loop validates where the run is now."""
+    loop = runner.train_loop
+    if runner.val_loop is None:
+        return False
+    now, last = loop.iter, loop.max_iters
+    if _is_epoch_based(runner):
+        now, last = loop.epoch, loop.max_epochs
+    loop._decide_current_val_interval()
+    return now >= loop.val_begin and (now % loop.val_interval == 0 or now == last)
 
 
 def _restart_workers(loader: DataLoader) -> None:
-    """Ends persistent workers: their random states cannot be saved.
+    """Ends persistent workers: what their data sets keep cannot be saved.
 
     A loader offers no public way to do so; without an iterator it makes a new one.
     """

@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 import signal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ _NUMBERS = itertools.count()
 class Points(Dataset):
     """Points with noise from each of the three generators, if any."""
 
+    loaded: ClassVar[list[int]] = []  # by this process, since it began
+
     def __init__(self, noise: bool = True) -> None:
         self.noise = noise
 
@@ -35,6 +38,7 @@ class Points(Dataset):
         return 12
 
     def __getitem__(self, index: int) -> dict:
+        self.loaded.append(index)
         noise = 0.0
         if self.noise:
             noise = random.random() + np.random.rand() + torch.rand(()).item()
@@ -63,6 +67,7 @@ class Scores(BaseMetric):
         self.scores = scores
 
     def process(self, data_batch, data_samples) -> None:
+        torch.rand(())  # as a validation may that draws
         self.results.append(0)
 
     def compute_metrics(self, results: list) -> dict:
@@ -82,6 +87,25 @@ class KillHook(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class PowerCutError(Exception):
+    """Stands for the end of a process whose memory the test goes on to use."""
+
+
+class CutHook(Hook):
+    """Raises at the n-th call of one of its methods; the first has the number 1."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, method: str, number: int) -> None:
+        self.calls = itertools.count(1)
+
+        def cut(runner, **kwargs) -> None:
+            if next(self.calls) == number:
+                raise PowerCutError
+
+        setattr(self, method, cut)
+
+
 def make_runner(
     work_dir: str,
     *,
@@ -93,17 +117,22 @@ def make_runner(
     seed: int | None = 3,
     scores: tuple[float, ...] = (0.1, 0.5, 0.2, 0.4),
     loop: dict | None = None,
+    sampler: str = 'DefaultSampler',
+    scheduler: dict | None = None,
+    optim: dict | None = None,
+    hooks: tuple[Hook, ...] = (),
+    runner_type: type = Runner,
     **checkpoint,
 ) -> Runner:
     """Four epochs of three iterations, with a validation after each."""
 
-    def loader(shuffle: bool) -> dict:
+    def loader(sampler: str, shuffle: bool) -> dict:
         return dict(
             batch_size=4,
             num_workers=workers,
             persistent_workers=persistent_workers,
             dataset=Points(noise),
-            sampler=dict(type='DefaultSampler', shuffle=shuffle),
+            sampler=dict(type=sampler, shuffle=shuffle),
             collate_fn=dict(type='pseudo_collate'),
         )
 
@@ -111,19 +140,21 @@ def make_runner(
         type='ResumableCheckpointHook', interval=1, save_best='score', rule='greater'
     )
     hook.update(checkpoint)
+    if scheduler is None:
+        scheduler = dict(type='ExponentialLR', gamma=0.9)
     torch.manual_seed(0)  # the model is made before the runner seeds
-    return Runner(
+    return runner_type(
         model=TinyModel(),
         work_dir=work_dir,
-        train_dataloader=loader(shuffle=True),
-        val_dataloader=loader(shuffle=False),
+        train_dataloader=loader(sampler, shuffle=True),
+        val_dataloader=loader('DefaultSampler', shuffle=False),
         train_cfg=dict(by_epoch=True, max_epochs=4) if loop is None else loop,
         val_cfg=dict(),
         val_evaluator=[Scores(scores)],
-        optim_wrapper=dict(optimizer=dict(type='Adam', lr=0.01)),
-        param_scheduler=dict(type='ExponentialLR', gamma=0.9),
+        optim_wrapper=dict(optimizer=dict(type='Adam', lr=0.01), **(optim or {})),
+        param_scheduler=scheduler,
         default_hooks=dict(checkpoint=hook),
-        custom_hooks=[] if kill_at is None else [KillHook(kill_at)],
+        custom_hooks=[*hooks, *([] if kill_at is None else [KillHook(kill_at)])],
         randomness=dict(seed=seed),
         resume=resume,
         # Runs of one name and second would share their message hub.

@@ -42,7 +42,8 @@ class DAT(BaseModule):
             ``dict(type=..., ...)``. If the letter keeps its default class, the options
             are added to those of the arch; another class gets only dim, num_heads,
             num_kv_heads, the drop rates, the backend and its own options.
-        out_indices: Stages whose (normalised) maps are returned, of 0 to 3.
+        out_indices: Stages whose (normalised) maps are returned, of 0 to 3, in rising
+            order. Stages after the last of them are not built.
         drop_rate: Dropout of projections and MLPs, in [0, 1).
         attn_drop_rate: Dropout of attention weights, in [0, 1).
         drop_path_rate: Stochastic depth of the last block, in [0, 1); it rises linearly
@@ -105,6 +106,7 @@ class DAT(BaseModule):
         self.norm_eval = norm_eval
 
         dims, depths = self.arch['embed_dims'], self.arch['depths']
+        num_stages = self.out_indices[-1] + 1
         last = max(sum(depths) - 1, 1)
         rates = [drop_path_rate * block / last for block in range(sum(depths))]
         self.patch_proj = self._stem(self.arch['stem_dim'])
@@ -122,11 +124,11 @@ class DAT(BaseModule):
                 proj_drop=drop_rate,
                 backend=backend,
             )
-            for i in range(NUM_STAGES)
+            for i in range(num_stages)
         )
         self.norms = nn.ModuleList(
             ChannelLayerNorm(dims[i]) if i in self.out_indices else nn.Identity()
-            for i in range(NUM_STAGES)
+            for i in range(num_stages)
         )
         kernel = (3, 2, 1) if self.arch['conv_stem'] else (2, 2, 0)
         self.down_projs = nn.ModuleList(
@@ -134,7 +136,7 @@ class DAT(BaseModule):
                 nn.Conv2d(dims[i], dims[i + 1], *kernel, bias=False),
                 ChannelLayerNorm(dims[i + 1]),
             )
-            for i in range(NUM_STAGES - 1)
+            for i in range(num_stages - 1)
         )
         share_projections(self)
         self._freeze()
@@ -162,10 +164,17 @@ class DAT(BaseModule):
             raise ValueError(
                 f'out_indices must be among 0 to {NUM_STAGES - 1}, got {out_indices}'
             )
-        check_int('frozen_stages', frozen_stages, -1)
-        if frozen_stages > NUM_STAGES:
+        if list(out_indices) != sorted(set(out_indices)):
             raise ValueError(
-                f'frozen_stages must be from -1 to {NUM_STAGES}, got {frozen_stages}'
+                f'out_indices must rise, as the maps come in that order, got '
+                f'{out_indices}'
+            )
+        check_int('frozen_stages', frozen_stages, -1)
+        num_stages = out_indices[-1] + 1
+        if frozen_stages > num_stages:
+            raise ValueError(
+                f'frozen_stages must be from -1 to {num_stages}, the stages up to the '
+                f'last of out_indices={out_indices}, got {frozen_stages}'
             )
 
     def _stem(self, dim: int) -> nn.Sequential:

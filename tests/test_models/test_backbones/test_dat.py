@@ -329,6 +329,29 @@ def test_drop_path_rates_rise_linearly():
     assert_close(torch.tensor(rates), torch.linspace(0, 0.7, 8))
 
 
+def test_stages_after_the_last_output_are_not_built():
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 64, 96)
+    whole, part = mini(drop_path_rate=0.2), mini(drop_path_rate=0.2, out_indices=(0, 2))
+    missing, unexpected = part.load_state_dict(whole.state_dict(), strict=False)
+    assert not missing
+    later = ('stages.3.', 'norms.1.', 'norms.3.', 'down_projs.2.')
+    assert {name for name in unexpected if not name.startswith(later)} == set()
+    rates = [
+        [block.drop_prob for block in model.modules() if hasattr(block, 'drop_prob')]
+        for model in (whole, part)
+    ]
+    assert rates[1] == rates[0][: len(rates[1])]
+    part.train()
+    sum(out.sum() for out in part(image)).backward()
+    assert all(parameter.grad is not None for parameter in part.parameters())
+    with torch.no_grad():
+        expected, outs = whole.eval()(image), part.eval()(image)
+    assert len(outs) == 2
+    for out, like in zip(outs, (expected[0], expected[2]), strict=True):
+        assert torch.equal(out, like)
+
+
 @pytest.mark.parametrize('frozen', [-1, 0, 2, 4])
 def test_frozen_stages(frozen):
     model = mini(frozen_stages=frozen)
@@ -427,7 +450,7 @@ class TestAttentionOverrides:
             (dict(attention=dict(Z=dict(type='PyramidAttention'))), r"letters \['Z'\]"),
             (dict(arch=dict(block_types=('ND', 'LS', 'PX', 'DQ'))), "letter 'Q'"),
             (dict(attention=dict(D=dict(type='NoSuchThing'))), "'NoSuchThing'"),
-            (dict(attention=dict(D=dict(type=3))), '3 is not registered'),
+            (dict(attention=dict(D=dict(type=3))), '3 is not reg.*DeformableGQA'),
         ],
     )
     def test_bad_letters(self, options, message):
@@ -457,6 +480,21 @@ class TestAttentionOverrides:
         (dict(arch=MINI, with_cp=(True,)), ValueError, r'with_cp must .* \(True,\)'),
         (dict(arch=MINI, out_indices=(4,)), ValueError, r'out_indices .* got \(4,\)'),
         (dict(arch=MINI, out_indices=()), ValueError, 'out_indices'),
+        (
+            dict(arch=MINI, out_indices=(2, 0)),
+            ValueError,
+            r'out_indices must rise.* got \(2, 0\)',
+        ),
+        (
+            dict(arch=MINI, out_indices=[1, 1]),
+            ValueError,
+            r'out_indices must rise.* got \[1, 1\]',
+        ),
+        (
+            dict(arch=MINI, out_indices=(0, 1), frozen_stages=3),
+            ValueError,
+            r'frozen_stages must be from -1 to 2.*out_indices=\(0, 1\), got 3',
+        ),
         (dict(arch=MINI, out_indices=(0, True)), TypeError, 'out_indices .* got True'),
         (dict(arch=MINI, out_indices=(1.0,)), TypeError, 'out_indices .* got 1.0'),
         (dict(arch=MINI, num_kv_heads=True), TypeError, 'num_kv_heads .* got True'),

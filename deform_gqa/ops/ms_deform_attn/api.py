@@ -58,8 +58,10 @@ def ms_deform_attn(
             backend that cannot run the call. Levels on a GPU are not read for this:
             it would have to wait for them.
 
-    The backends 'naive' and 'torch' do read spatial_shapes and level_start_index, so
-    there a list is better than a tensor on a GPU.
+    Waiting for a GPU: 'triton' never does, as its kernels read the levels. 'naive' and
+    'torch' read spatial_shapes and level_start_index on the host, and wait for those
+    that are tensors on a GPU; for a list of pairs, and None or a list of starts, they
+    do not. Backward of 'torch' waits for each tile, once its samples are sorted.
 
     Source: Deformable DETR (arXiv 2010.04159); the definition is that of
     ``mmcv.ops.multi_scale_deform_attn``.

@@ -10,6 +10,7 @@ from .adapter import AttentionAdapter, Names, find_adapter, register_adapter
 from .builder import convert_heads
 from .checkpoint import convert_checkpoint
 from .convert import convert_model, convert_state_dict
+from .grouping import SeparateGrouping
 from .heads import AttentionHeads, Freedom, Moments, Projection
 from .report import ConversionReport, LayerReport
 
@@ -22,6 +23,7 @@ __all__ = [
     'Moments',
     'Names',
     'Projection',
+    'SeparateGrouping',
     'convert_checkpoint',
     'convert_heads',
     'convert_model',

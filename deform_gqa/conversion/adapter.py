@@ -77,6 +77,20 @@ class AttentionAdapter:
             for name, dim in self.tables(module).items()
         }
 
+    def value_heads(self, module: nn.Module) -> tuple[int, ...] | None:
+        """Which head of the values each query head reads, if not as the keys."""
+        return None
+
+    def set_value_heads(self, module: nn.Module, value_heads: tuple[int, ...]) -> None:
+        """Sets that; the module is a new one.
+
+        Raises:
+            ValueError: If modules of this class read keys and values alike.
+        """
+        raise ValueError(
+            f'{type(module).__name__} cannot group keys and values differently'
+        )
+
     def check(self, module: nn.Module) -> None:
         """Raises ValueError for options of a module that cannot be converted."""
 

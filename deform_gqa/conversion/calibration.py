@@ -354,6 +354,6 @@ def _trained_model(
 
 def _converted(layer: Layer, state_dict: State, device: torch.device) -> nn.Module:
     """A layer's module with the converted weights, on the device of the model."""
-    module = layer.adapter.with_kv_heads(layer.module, layer.new_kv_heads)
+    module = layer.make()
     module.load_state_dict(layer.state(state_dict), strict=False)
     return module.to(device).eval().requires_grad_()

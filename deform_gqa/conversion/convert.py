@@ -4,20 +4,27 @@ import copy
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deform_gqa.checks import check_bool, check_int
+from deform_gqa.checks import check_bool, check_int, describe
 from deform_gqa.models.backbones.dat_checkpoint import HEAD_CONVERTERS
 
-from .adapter import State, attention_modules, read_heads, write_heads
+from .adapter import (
+    State,
+    attention_modules,
+    find_adapter,
+    read_heads,
+    write_heads,
+)
 from .alignment import covariance, moment_root
 from .calibration import Calibrator
 from .grouping import (
     GROUPINGS,
+    SeparateGrouping,
     adjacent_groups,
     check_groups,
     head_similarity,
@@ -57,7 +64,9 @@ def convert_state_dict(
             None, for the numbers that ``model`` has.
         grouping: 'adjacent'; 'similarity', of the heads' weights; 'activations', of
             what the heads make of the calibration data; lists of the kv heads of each
-            group; or a mapping from patterns to one of these. Other heads than
+            group; ``SeparateGrouping``, or a dict with ``keys`` and ``values``, for
+            torch's multi-head attention, whose values may be grouped differently; or a
+            mapping from patterns of module names to one of these. Other heads than
             neighbours can be merged as far as the module's heads may change places.
         merge: 'mean', 'first', 'random', 'norm' (mean weighted by norms), 'aligned',
             'rotated' (see :mod:`deform_gqa.conversion.alignment`), or 'learned'
@@ -158,8 +167,11 @@ def convert_model(
     model = model if inplace else copy.deepcopy(model)
     counts = {layer.name: layer.kv_heads[1] for layer in report.layers}
     model = with_kv_heads(model, counts)
+    value_heads = {layer.name: layer.value_heads for layer in report.layers}
     for name, module in attention_modules(model).items():
         if name in counts:
+            if value_heads[name] is not None:
+                find_adapter(module).set_value_heads(module, value_heads[name])
             layer_state = {
                 key: converted[f'{name}.{key}' if name else key]
                 for key in module.state_dict()
@@ -184,20 +196,42 @@ def _check_options(grouping, merge, calibration, refit_output, seed) -> None:
 
 
 def _mentions(grouping: Any, name: str) -> bool:
-    values = grouping.values() if isinstance(grouping, Mapping) else [grouping]
-    return any(value == name for value in values)
+    return any(
+        isinstance(value, str) and value == name
+        for choice in _by_pattern(grouping).values()
+        for value in _sides(choice)
+    )
+
+
+def _by_pattern(grouping: Any) -> dict[str, Any]:
+    grouping = SeparateGrouping.parse(grouping)
+    if not isinstance(grouping, Mapping):
+        return {'': grouping}
+    return {p: SeparateGrouping.parse(value) for p, value in grouping.items()}
+
+
+def _sides(grouping: Any) -> list:
+    """The groupings of keys and values, or the one of both."""
+    if isinstance(grouping, SeparateGrouping):
+        return [grouping.keys, grouping.values]
+    return [grouping]
 
 
 def _by_layer(grouping: Any, layers: list[Layer]) -> dict[str, Any]:
     """The grouping of each layer; 'adjacent' where no pattern of a mapping fits."""
-    if not isinstance(grouping, Mapping):
-        grouping = {'': grouping}
-    for pattern, value in grouping.items():
-        if isinstance(value, str) and value not in GROUPINGS:
-            raise ValueError(
-                f'grouping must be one of {GROUPINGS}, lists of heads or a mapping, '
-                f'got {value!r}'
-            )
+    grouping = _by_pattern(grouping)
+    for pattern, choice in grouping.items():
+        for value in _sides(choice):
+            if isinstance(value, str) and value not in GROUPINGS:
+                raise ValueError(
+                    f'grouping must be one of {GROUPINGS}, lists of heads or a '
+                    f'mapping, got {value!r}'
+                )
+            if not isinstance(value, Sequence):
+                raise TypeError(
+                    'grouping must be a name, lists of heads or a mapping, got '
+                    f'{describe(value)}'
+                )
         if not any(re.search(pattern, layer.name) for layer in layers):
             raise ValueError(
                 f'grouping: the pattern {pattern!r} fits none of the attention modules '
@@ -225,40 +259,72 @@ class _Plan:
         self.state_dict = state_dict
         self.grouping = grouping
         self.groups = adjacent_groups(layer.kv_heads, layer.kv_heads)
+        self.value_groups: list[list[int]] | None = None
         self.moments = Moments()
-        self.changes = layer.kv_heads != layer.new_kv_heads or not isinstance(
-            grouping, str
-        )
+        self.changes = layer.kv_heads != layer.new_kv_heads
         self.heads: AttentionHeads | None = None
         if self.changes:
             self.heads = read_heads(layer.module, state_dict, layer.prefix)
 
     def group(self, merge: str) -> None:
-        """Chooses which heads are merged."""
-        layer = self.layer
-        if not isinstance(self.grouping, str):
-            self.groups = check_groups(
-                self.grouping, layer.kv_heads, layer.new_kv_heads, layer.period
-            )
-        elif self.grouping == 'adjacent':
-            self.groups = adjacent_groups(layer.kv_heads, layer.new_kv_heads)
-        else:
-            similarity = self._similarity(merge in ALIGNING)
-            self.groups = similar_groups(similarity, layer.new_kv_heads, layer.period)
+        """Chooses which heads are merged.
 
-    def _similarity(self, aligned: bool) -> Tensor:
-        """(Hkv, Hkv): mean of the similarities of keys and of values."""
+        Raises:
+            ValueError: For groups that the module cannot have.
+        """
+        layer, grouping = self.layer, self.grouping
+        if isinstance(grouping, SeparateGrouping):
+            self.groups = self._groups(grouping.keys, 'k', layer.period, merge)
+            self.value_groups = self._groups(grouping.values, 'v', None, merge)
+            layer.value_heads = self._value_heads()
+            layer.make()  # an error unless the module can have them
+        else:
+            self.groups = self._groups(grouping, 'kv', layer.period, merge)
+        has = layer.adapter.value_heads(layer.module)
+        if has is not None and has != layer.value_heads:
+            raise ValueError(
+                f'value_heads of {layer.name or "the module"} must be '
+                f'{layer.value_heads} with this grouping, got {has}'
+            )
+
+    def _groups(
+        self, grouping: Any, sides: str, period: int | None, merge: str
+    ) -> list[list[int]]:
+        old, new = self.layer.kv_heads, self.layer.new_kv_heads
+        if not isinstance(grouping, str):
+            return check_groups(grouping, old, new, period)
+        if grouping == 'adjacent':
+            return adjacent_groups(old, new)
+        moments = self.moments if grouping == 'activations' else Moments()
+        return similar_groups(self._similarity(sides, moments, merge), new, period)
+
+    def _similarity(self, sides: str, moments: Moments, merge: str) -> Tensor:
+        """(Hkv, Hkv): of keys ('k'), of values ('v'), or the mean of both ('kv')."""
         heads, freedom = self.heads, self.layer.adapter.freedom(self.layer.module)
-        moments = self.moments if self.grouping == 'activations' else Moments()
-        keys = heads.k.columns
-        values = heads.v.columns
-        keys = keys @ moment_root(keys, covariance(moments.k))
-        values = values @ moment_root(values, moments.v)
-        similarities = (
-            head_similarity(keys, aligned and freedom.query == 'any'),
-            head_similarity(values, aligned and freedom.value),
+        aligned = merge in ALIGNING
+        roots = dict(k=covariance(moments.k), v=moments.v)
+        rotate = dict(k=aligned and freedom.query == 'any', v=aligned and freedom.value)
+        similarities = []
+        for side in sides:
+            columns = getattr(heads, side).columns
+            columns = columns @ moment_root(columns, roots[side])
+            similarities.append(head_similarity(columns, rotate[side]))
+        return sum(similarities) / len(similarities)
+
+    def _value_heads(self) -> tuple[int, ...]:
+        """The new head of the values that each query head reads, in the new order."""
+        new_head = {
+            head: index
+            for index, group in enumerate(self.value_groups)
+            for head in group
+        }
+        share = self.heads.queries_per_kv_head
+        return tuple(
+            new_head[head]
+            for group in self.groups
+            for head in group
+            for _ in range(share)
         )
-        return sum(similarities) / 2
 
     def convert(
         self,
@@ -272,6 +338,7 @@ class _Plan:
             self.heads,
             self.groups,
             merge,
+            value_groups=self.value_groups,
             freedom=layer.adapter.freedom(layer.module),
             moments=self.moments,
             weights=weights,
@@ -311,6 +378,8 @@ class _Plan:
                 2 * n * layer.head_dim * weight.element_size() for n in pair
             ),
             groups=self.groups,
+            value_groups=self.value_groups,
+            value_heads=layer.value_heads,
         )
 
 

@@ -5,12 +5,32 @@ they come from. A grouping is a list of Hkv lists of head indices. As query head
 kv head h // (Hq / Hkv), the heads are put in the order of the lists.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 GROUPINGS = ('adjacent', 'similarity', 'activations')
+
+
+@dataclasses.dataclass(frozen=True)
+class SeparateGrouping:
+    """Different groupings of keys and of values, each a name or lists of heads.
+
+    In a config it is a dict with these two keys.
+    """
+
+    keys: Any = 'adjacent'
+    values: Any = 'adjacent'
+
+    @classmethod
+    def parse(cls, grouping: Any) -> Any:
+        """A dict as an object of this class; anything else as it is."""
+        if isinstance(grouping, Mapping) and set(grouping) == {'keys', 'values'}:
+            return cls(**grouping)
+        return grouping
 
 
 def adjacent_groups(num_heads: int, num_groups: int) -> list[list[int]]:
@@ -58,7 +78,7 @@ def similar_groups(
             and in all blocks at once. None for all heads: no limit. 1 allows nothing.
 
     Returns:
-        The groups, each in ascending order where ``period`` is None.
+        The groups.
     """
     num_heads = similarity.shape[0]
     period = num_heads if period is None else period
@@ -79,7 +99,9 @@ def similar_groups(
                 if score > best + 1e-9 * abs(best):
                     order, best, improved = trial, score, True
     groups = order.unflatten(0, (num_groups, -1)).tolist()
-    return sorted(map(sorted, groups)) if period == num_heads else groups
+    if period == num_heads:
+        return sorted(map(sorted, groups))
+    return groups if period % len(groups[0]) else _periodic(groups, period)
 
 
 def _within(similarity: Tensor, order: Tensor, num_groups: int) -> float:
@@ -122,10 +144,10 @@ def check_groups(
         frozenset(group) for group in adjacent_groups(num_heads, num_groups)
     }:
         return adjacent_groups(num_heads, num_groups)
-    return _periodic(groups, num_heads // num_groups, period)
+    return _periodic(groups, period)
 
 
-def _periodic(groups: list[list[int]], size: int, period: int) -> list[list[int]]:
+def _periodic(groups: list[list[int]], period: int) -> list[list[int]]:
     """The groups in block order, if all blocks of ``period`` heads look alike."""
     blocks: dict[int, list[list[int]]] = {}
     for group in sorted(map(sorted, groups)):
@@ -134,7 +156,8 @@ def _periodic(groups: list[list[int]], size: int, period: int) -> list[list[int]
         tuple(tuple(head - block * period for head in group) for group in members)
         for block, members in blocks.items()
     }
-    if period % size or len(patterns) != 1:
+    spread = any(len({head // period for head in group}) > 1 for group in groups)
+    if spread or len(patterns) != 1:
         raise ValueError(
             f'grouping {groups} cannot be had: in this module heads can change places '
             f'only within blocks of {period} heads, and in all blocks alike'

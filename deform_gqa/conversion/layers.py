@@ -26,6 +26,8 @@ class Layer:
         head_dim: Channels of a head.
         kv_heads: Number of kv heads in the state_dict.
         new_kv_heads: Number that is wanted.
+        value_heads: Which head of the values each query head then reads, if keys and
+            values are grouped differently.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Layer:
     head_dim: int
     kv_heads: int
     new_kv_heads: int
+    value_heads: tuple[int, ...] | None = None
 
     @property
     def prefix(self) -> str:
@@ -61,6 +64,13 @@ class Layer:
             for name in names
             if self.prefix + name in state
         }
+
+    def make(self) -> nn.Module:
+        """A module with the new number of kv heads, and any weights."""
+        module = self.adapter.with_kv_heads(self.module, self.new_kv_heads)
+        if self.value_heads is not None:
+            find_adapter(module).set_value_heads(module, self.value_heads)
+        return module
 
 
 def with_kv_heads(model: nn.Module, counts: Mapping[str, int]) -> nn.Module:

@@ -5,6 +5,7 @@ functions work on heads in the order of their groups: group g of n heads is
 ``heads[g * n : (g + 1) * n]``.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ def merge_heads(
     groups: Sequence[Sequence[int]],
     merge: str = 'mean',
     *,
+    value_groups: Sequence[Sequence[int]] | None = None,
     freedom: Freedom | None = None,
     moments: Moments | None = None,
     weights: tuple[Tensor, Tensor] | None = None,
@@ -35,26 +37,55 @@ def merge_heads(
             the old ones, and no bias; 'norm', the mean weighted by the heads' norms;
             'aligned', see :func:`deform_gqa.conversion.alignment.align`; 'rotated',
             the same by rotations alone; 'learned', a sum with ``weights``.
+        value_groups: Those of the values, if they are not those of the keys.
         freedom: What may be done to the heads to align them; None for nothing.
         moments: Second moments of the inputs, by which alignment weighs their
             directions; None for all alike.
-        weights: For 'learned', two tensors (Hkv,), for keys and values, in the order
-            of the groups.
+        weights: For 'learned', two tensors (Hkv,), for keys and values, each in the
+            order of its groups.
         generator: For 'random'.
 
     Returns:
-        The heads, with one kv head a group.
+        The heads, with one kv head a group. Query heads, and the columns of the output
+        projection that read them, are in the order of the groups of the keys.
 
     Raises:
         ValueError: For an unknown ``merge``, or 'learned' without ``weights``.
     """
     if merge not in MERGES:
         raise ValueError(f'merge must be one of {MERGES}, got {merge!r}')
-    heads = heads.reordered([head for group in groups for head in group])
-    count = len(groups)
+    order = [head for group in groups for head in group]
+    heads = heads.reordered(order)
+    if value_groups is None:
+        positions = list(range(len(order)))
+    else:
+        positions = [order.index(head) for group in value_groups for head in group]
+    # Values, and what reads them, in their own order: merging keeps the sides apart.
+    columns = torch.as_tensor(heads.query_order(positions))
+    heads = dataclasses.replace(heads, v=heads.v[positions], out=heads.out[columns])
+    merged = _merge_ordered(
+        heads,
+        len(groups),
+        merge,
+        Freedom('none', False, False, False) if freedom is None else freedom,
+        Moments() if moments is None else moments,
+        weights,
+        generator,
+    )
+    return dataclasses.replace(merged, out=merged.out[columns.argsort()])
+
+
+def _merge_ordered(
+    heads: AttentionHeads,
+    count: int,
+    merge: str,
+    freedom: Freedom,
+    moments: Moments,
+    weights: tuple[Tensor, Tensor] | None,
+    generator: torch.Generator | None,
+) -> AttentionHeads:
+    """:func:`merge_heads` for groups of neighbours."""
     if merge in ('aligned', 'rotated'):
-        freedom = Freedom('none', False, False, False) if freedom is None else freedom
-        moments = Moments() if moments is None else moments
         return align(heads, count, freedom, moments, rotate=merge == 'rotated')
     if merge == 'random':
         k, v = (draw(x, count, generator) for x in (heads.k, heads.v))
@@ -62,7 +93,7 @@ def merge_heads(
         k_weights, v_weights = _weights(heads, count, merge, weights)
         k = weighted_sum(heads.k, k_weights)
         v = weighted_sum(heads.v, v_weights)
-    return AttentionHeads(heads.q, k, v, heads.out, heads.out_bias)
+    return dataclasses.replace(heads, k=k, v=v)
 
 
 def weighted_sum(heads: Projection, weights: Tensor) -> Projection:

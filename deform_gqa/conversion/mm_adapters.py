@@ -40,6 +40,12 @@ class MultiheadAttentionAdapter(AttentionAdapter):
             return super().with_kv_heads(module, num_kv_heads)
         return GroupedMultiheadAttention.from_module(module, num_kv_heads)
 
+    def value_heads(self, module: nn.Module) -> tuple[int, ...] | None:
+        return getattr(module, 'value_heads', None)
+
+    def set_value_heads(self, module: nn.Module, value_heads: tuple[int, ...]) -> None:
+        module.value_heads = value_heads
+
     def inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         return call['query'], call['key'], call['value']

@@ -20,6 +20,8 @@ class LayerReport:
         kv_bytes: Bytes of the keys and values of one token, in the dtype of the
             weights.
         groups: Old kv heads that each new one was made of.
+        value_groups: Those of the values, if they are not those of the keys.
+        value_heads: Then also the head of the values that each query head reads.
         error: Norm of the change of the module's output on the calibration inputs,
             over the norm of the output; None without calibration.
         error_before_refit: The same before the output projection was refitted.
@@ -33,6 +35,8 @@ class LayerReport:
     kv_params: tuple[int, int]
     kv_bytes: tuple[int, int]
     groups: list[list[int]]
+    value_groups: list[list[int]] | None = None
+    value_heads: tuple[int, ...] | None = None
     error: float | None = None
     error_before_refit: float | None = None
 

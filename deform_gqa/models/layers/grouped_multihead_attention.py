@@ -1,5 +1,7 @@
 """torch's multi-head attention, with grouped queries."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from mmdet.registry import MODELS
@@ -35,10 +37,13 @@ class GroupedMultiheadAttention(nn.Module):
         batch_first: Whether tensors are (B, L, C), not (L, B, C).
         device: Device of the parameters.
         dtype: dtype of the parameters.
+        value_heads: For each query head h, the head of the values that it reads; None
+            for h // (Hq / Hkv), as that of the keys.
 
     Raises:
         TypeError: For an option of the wrong type.
-        ValueError: For counts that do not divide, or a dropout out of range.
+        ValueError: For counts that do not divide, a dropout out of range, or
+            ``value_heads`` that are not Hq numbers from 0 to Hkv - 1.
 
     Source: ``torch.nn.MultiheadAttention``; Ainslie et al., "GQA" (arXiv 2305.13245).
     """
@@ -61,10 +66,12 @@ class GroupedMultiheadAttention(nn.Module):
         batch_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        value_heads: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.num_kv_heads = resolve_kv_heads(embed_dim, num_heads, num_kv_heads)
         check_rate('dropout', dropout)
+        self.value_heads = self._check_value_heads(num_heads, value_heads)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
@@ -90,6 +97,20 @@ class GroupedMultiheadAttention(nn.Module):
             embed_dim, embed_dim, bias=bias, device=device, dtype=dtype
         )
         self.reset_parameters()
+
+    def _check_value_heads(
+        self, num_heads: int, value_heads: Sequence[int] | None
+    ) -> tuple[int, ...] | None:
+        if value_heads is None:
+            return None
+        value_heads = tuple(value_heads)
+        known = set(range(self.num_kv_heads))
+        if len(value_heads) != num_heads or not set(value_heads) <= known:
+            raise ValueError(
+                f'value_heads must be {num_heads} numbers from 0 to '
+                f'{self.num_kv_heads - 1}, got {value_heads}'
+            )
+        return value_heads
 
     @classmethod
     def from_module(
@@ -199,6 +220,9 @@ class GroupedMultiheadAttention(nn.Module):
             length=q.shape[1],
             num_keys=k.shape[1],
         )
+        if self.value_heads is not None:
+            k = k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
+            v = v[:, :, list(self.value_heads)]
         out, weights = attend_grouped(
             q,
             k,

@@ -101,6 +101,8 @@ class RuntimeBenchmarkHook(Hook):
             that the model does not have, for a device that is neither CPU nor CUDA
             and for a file in ``out_dir`` that is no such report, before the run
             starts.
+        OSError: If the files cannot be written, before the run starts. Later it is a
+            warning.
     """
 
     # The last of all hooks, so that no iteration's time includes what it does.
@@ -196,7 +198,7 @@ class RuntimeBenchmarkHook(Hook):
             },
             samples={mode: [] for mode in _MODES},
         )
-        self._saved_s = time.monotonic()
+        self._write()  # so that a folder that cannot be written is found now
 
     # Iterations
 
@@ -259,26 +261,34 @@ class RuntimeBenchmarkHook(Hook):
             scalars = _scalars(f'runtime/{mode}', sample)
             runner.visualizer.add_scalars(scalars, step=sample['iter'])
         if time.monotonic() - self._saved_s > _SAVE_EVERY_S:
-            self._save()
+            self._save(runner)
 
     # Files
 
     def _after_epoch(self, runner: Runner, mode: str = 'train') -> None:
         if self._run is not None and self._run['samples'][mode]:
-            self._save()
+            self._save(runner)
 
     def after_run(self, runner: Runner) -> None:
         """Writes the files, also if nothing was sampled, and says where."""
-        if self._run is not None:
-            self._save()
+        if self._run is not None and self._save(runner):
             runner.logger.info(f'Runtime benchmark: {self._folder / MARKDOWN_NAME}')
 
-    def _save(self) -> None:
+    def _save(self, runner: Runner) -> bool:
+        """Whether the files could be written; a training goes on without them."""
+        try:
+            self._write()
+        except OSError as error:
+            runner.logger.warning(f'RuntimeBenchmarkHook: not saved: {error}')
+            return False
+        return True
+
+    def _write(self) -> None:
+        self._saved_s = time.monotonic()
         runs = [*self._earlier, self._run]
         backend = AtomicLocalBackend()
         backend.put_text(to_json(runs), self._folder / JSON_NAME)
         backend.put_text(markdown(runs), self._folder / MARKDOWN_NAME)
-        self._saved_s = time.monotonic()
 
 
 def _optim_wrappers(runner: Runner) -> list[OptimWrapper]:

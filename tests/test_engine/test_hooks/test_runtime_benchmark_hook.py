@@ -1,3 +1,4 @@
+import errno
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from virtual_time import use_virtual_time
 
 from deform_gqa.engine import RuntimeBenchmarkHook
+from deform_gqa.engine.checkpoint_io import AtomicLocalBackend
 from deform_gqa.engine.hooks import runtime_benchmark_hook
 from deform_gqa.profiling import clock, step_timing
 
@@ -570,3 +572,31 @@ def test_on_a_gpu(tmp_path, kind, monkeypatch):
         assert sum(phases.values()) == pytest.approx(sample['total_ms'], rel=0.2)
         assert sample['modules']['NapAttention']['backward_ms'] > 0
     assert_clean(runner)
+
+
+def test_folder_that_cannot_be_written_is_found_before_training(tmp_path):
+    (tmp_path / 'file').touch()
+    runner = make_runner(tmp_path / 'run', out_dir=str(tmp_path / 'file' / 'folder'))
+    with pytest.raises(OSError, match=r'file/folder/runtime_benchmark\.json'):
+        runner.train()
+    assert runner.iter == 0
+
+
+def test_training_outlives_a_full_disk(tmp_path, monkeypatch):
+    put = AtomicLocalBackend.put
+    full = []
+
+    def put_if_there_is_room(self, obj, filepath):
+        if full:
+            raise OSError(errno.ENOSPC, 'No space left on device', str(filepath))
+        put(self, obj, filepath)
+
+    monkeypatch.setattr(AtomicLocalBackend, 'put', put_if_there_is_room)
+    hook = Hook()
+    hook.after_train_epoch = full.append
+    runner = make_runner(tmp_path, hooks=(hook,))
+    warnings = []
+    runner.logger.warning = warnings.append
+    runner.train()
+    assert runner.epoch == 4
+    assert sum('not saved: [Errno 28] No space' in text for text in warnings) > 1

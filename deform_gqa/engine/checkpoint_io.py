@@ -132,17 +132,26 @@ def _explained(filename: str) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        # torch puts the reason into one line of a long general text
-        reason = re.search(r'WeightsUnpickler error:\s*(.+)', str(error))
-        reason = str(error) if reason is None else reason[1].strip()
         raise ValueError(
             f'checkpoint {filename!r} was refused, because reading it could run code '
-            f'({reason}). If you trust it, write its weights to a new file: '
+            f'({_reason(error)}). If you trust it, write its weights to a new file: '
             "torch.save({'state_dict': torch.load(FILE, weights_only=False)[KEY]}, "
             "NEW_FILE), where KEY is 'state_dict' or 'model' or what else holds them"
         ) from error
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f'checkpoint {filename!r} cannot be read: {error}') from error
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes can lead the reader anywhere
+        reason = str(error).split('. ')[0] or type(error).__name__
+        raise ValueError(f'checkpoint {filename!r} cannot be read: {reason}') from error
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """What torch says between a long general text and advice that would be unsafe."""
+    name = re.search(r'GLOBAL (\S+)', str(error))
+    if name is not None:
+        return f'it names {name[1]}'
+    reason = re.search(r'WeightsUnpickler error:\s*(.+)', str(error))
+    return str(error).split('. ')[0] if reason is None else reason[1].strip()
 
 
 def _check_head(filename: str) -> None:
@@ -171,20 +180,26 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: ``filename`` is no file.
         ValueError: The file is damaged, or holds something else than tensors, plain
-            values and what mmengine itself stores.
+            values and what mmengine itself stores, or is no dict.
     """
     filename = os.path.expanduser(filename)
     if not os.path.isfile(filename):
         raise FileNotFoundError(f'checkpoint {filename!r} does not exist')
     _check_head(filename)
     with _explained(filename), safe_globals(_allowed_globals()):
-        return torch.load(
+        checkpoint = torch.load(
             filename,
             map_location=map_location,
             weights_only=True,
             # maps the tensors' bytes instead of reading them, where the format can
             mmap=map_location == 'meta' and zipfile.is_zipfile(filename),
         )
+    if not isinstance(checkpoint, dict):
+        raise ValueError(
+            f'checkpoint {filename!r} must hold a dict, got a '
+            f'{type(checkpoint).__name__}'
+        )
+    return checkpoint
 
 
 def check_checkpoint(filename: str | Path) -> None:

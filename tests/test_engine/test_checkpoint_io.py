@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import errno
 import http.server
 import os
@@ -112,6 +113,42 @@ def test_refuses_code_in_the_old_format(malicious, tmp_path):
     with pytest.raises(ValueError, match=r"old\.pth' was refused"):
         check_checkpoint(file)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_the_reason_is_short(malicious, tmp_path, zipped):
+    file = tmp_path / 'short.pth'
+    content = dict(meta=Malicious(tmp_path))
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r'\(it names posix.mkdir\)\. If you') as info:
+        check_checkpoint(file)
+    assert 'PyTorch' not in str(info.value)
+    assert 'safe_globals' not in str(info.value)
+
+
+@pytest.mark.parametrize('content', [[torch.ones(1)], torch.ones(1), 'weights'])
+def test_a_checkpoint_is_a_dict(tmp_path, content):
+    file = tmp_path / 'list.pth'
+    torch.save(content, file)
+    message = f'must hold a dict, got a {type(content).__name__}'
+    with pytest.raises(ValueError, match=message):
+        check_checkpoint(file)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_every_damage_is_told_in_a_sentence(tmp_path, zipped):
+    file = tmp_path / 'damaged.pth'
+    content = dict(state_dict=nn.Linear(20, 3).state_dict(), meta=dict(epoch=3))
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    whole = file.read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(150):
+        data = bytearray(whole[: generator.integers(0, len(whole))])
+        for place in generator.integers(0, max(len(data), 1), 3)[: len(data)]:
+            data[place] = generator.integers(256)
+        file.write_bytes(data)
+        with contextlib.suppress(ValueError):  # all that may be raised
+            load_checkpoint(file)
 
 
 def test_refuses_getattr_beyond_history_buffers(tmp_path):

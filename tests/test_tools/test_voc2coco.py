@@ -177,6 +177,77 @@ def test_loads_in_pycocotools_and_mmdet(run, voc, tmp_path):
     assert flags == {1: 0, 0: 1}
 
 
+@pytest.mark.parametrize('suffix', ['.tif', '.webp', '.Jpg', '.JPEG', '.PNG'])
+def test_images_of_many_kinds(run, voc, tmp_path, suffix):
+    write_image(voc, 'd.1 [x]', [obj('dog', 1, 2, 11, 8)], suffix=suffix)
+    (voc / 'JPEGImages/d.1 [x].1.jpg').touch()
+    (voc / 'JPEGImages/d.1 [x].txt').touch()
+    write_split(voc, 'train', 'd.1 [x]')
+    assert run() == 0
+    (image,) = load(tmp_path, 'train')['images']
+    assert image['file_name'] == f'd.1 [x]{suffix}'
+
+
+def test_names_with_spaces(run, voc, tmp_path):
+    for name in ('my photo', 'photo 1', 'photo'):
+        write_image(voc, name)
+    write_split(voc, 'train', 'my photo', 'photo 1', ' photo  1')
+    write_split(voc, 'val', 'my photo -1')
+    assert run('--classes', 'dog') == 0
+    names = [image['file_name'] for image in load(tmp_path, 'train')['images']]
+    assert names == ['my photo.jpg', 'photo 1.jpg', 'photo.jpg']
+    assert load(tmp_path, 'val')['images'][0]['file_name'] == 'my photo.jpg'
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_splits_with_byte_order_marks(run, voc, tmp_path, encoding):
+    (voc / 'ImageSets/Main/train.txt').write_text('a\nc\n', encoding=encoding)
+    assert run() == 0
+    assert load(tmp_path, 'train')['images'][0]['file_name'] == 'a.jpg'
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'gb2312', 'latin-1'])
+def test_annotations_in_other_encodings(run, voc, tmp_path, encoding):
+    word = 'perro' if encoding == 'latin-1' else '狗'
+    declared = '' if encoding == 'utf-8-sig' else f' encoding="{encoding}"'
+    text = obj(word, 1, 2, 11, 8)
+    text = f'<?xml version="1.0"{declared}?><annotation>{text}</annotation>'
+    (voc / 'Annotations/a.xml').write_text(text, encoding=encoding)
+    assert run() == 0
+    assert word in [c['name'] for c in load(tmp_path, 'train')['categories']]
+
+
+def test_without_a_size_the_image_says_it(run, voc, tmp_path):
+    (voc / 'Annotations/c.xml').write_text('<annotation/>')
+    assert run() == 0
+    image = load(tmp_path, 'train')['images'][1]
+    assert (image['width'], image['height']) == (20, 12)
+
+
+def test_no_objects_but_named_classes(run, voc, tmp_path):
+    lose_all_objects(voc)
+    assert run('--classes', 'dog') == 0
+    assert load(tmp_path, 'train')['annotations'] == []
+
+
+def test_bad_files_can_be_skipped(run, voc, tmp_path, capsys):
+    break_xml(voc)
+    write_split(voc, 'train', 'a', 'c', 'gone')
+    assert run('--skip-bad') == 0
+    assert [i['file_name'] for i in load(tmp_path, 'train')['images']] == ['a.jpg']
+    errors = capsys.readouterr().err
+    assert 'skipped: ' in errors
+    assert 'Annotations/c.xml: broken XML' in errors
+    assert 'Annotations/gone.xml: no such annotation file' in errors
+
+
+def test_nothing_is_left_to_convert(run, voc, tmp_path, capsys):
+    write_split(voc, 'train', 'gone')
+    assert run('--skip-bad') == 2
+    assert 'every image of train was skipped' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
 # What is refused, and with which words
 
 
@@ -200,8 +271,35 @@ def lie_about_the_size(root):
     write_image(root, 'c', size=(12, 20))
 
 
-def lose_the_size(root):
-    (root / 'Annotations/c.xml').write_text('<annotation/>')
+def lose_the_width(root):
+    (root / 'Annotations/c.xml').write_text('<annotation><size/></annotation>')
+
+
+def write_an_encoding_that_is_none(root):
+    text = '<?xml version="1.0" encoding="klingon"?><annotation/>'
+    (root / 'Annotations/c.xml').write_text(text)
+
+
+def write_other_bytes_than_declared(root):
+    text = '<?xml version="1.0" encoding="ascii"?><annotation>\xe9</annotation>'
+    (root / 'Annotations/c.xml').write_text(text, encoding='latin-1')
+
+
+def write_a_split_in_latin_1(root):
+    (root / 'ImageSets/Main/val.txt').write_text('b\xe9\n', encoding='latin-1')
+
+
+def lead_out(root):
+    write_split(root, 'val', '../b')
+
+
+def lead_out_by_a_root(root):
+    write_split(root, 'val', '/b')
+
+
+def lose_all_objects(root):
+    for path in (root / 'Annotations').iterdir():
+        path.write_text('<annotation/>')
 
 
 def write_a_word_for_a_number(root):
@@ -247,7 +345,13 @@ def lose_the_images(root):
         (lose_image, 'JPEGImages/c.jpg: no such image'),
         (break_image, 'JPEGImages/c.jpg: not an image'),
         (lie_about_the_size, 'c.xml: says 12x20, but'),
-        (lose_the_size, 'c.xml: <size/width> is missing or empty'),
+        (lose_the_width, 'c.xml: <size/width> is missing or empty'),
+        (write_an_encoding_that_is_none, 'c.xml: broken XML: unknown encoding'),
+        (write_other_bytes_than_declared, "c.xml: broken XML: 'ascii' codec"),
+        (write_a_split_in_latin_1, 'Main/val.txt: is not UTF-8'),
+        (lead_out, 'Main/val.txt: ../b leads out of the data set'),
+        (lead_out_by_a_root, 'Main/val.txt: /b leads out of the data set'),
+        (lose_all_objects, 'no object in train, val that would give the classes'),
         (write_a_word_for_a_number, "c.xml: <bndbox/ymin> is no number: 'two'"),
         (write_infinity, "c.xml: <bndbox/ymin> is no number: 'inf'"),
         (lose_the_name, 'c.xml: <name> is missing or empty in <object>'),

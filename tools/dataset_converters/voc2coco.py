@@ -13,10 +13,14 @@ subtracted from all four coordinates, and the width is xmax - xmin. As there, a 
 marked ``difficult`` becomes ``iscrowd=1, ignore=0`` (it is ignored in training and
 evaluation), and ``segmentation`` is the box's rectangle. Unlike there, ids count from 1
 (pycocotools takes the annotation id 0 for "no match") and boxes are clipped to the
-image. Boxes without area are dropped, with a message.
+image. Boxes without area are dropped, with a message. Where an annotation has no
+<size>, the image's own is taken.
 """
 
 import argparse
+import codecs
+import glob
+import re
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
@@ -30,7 +34,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from deform_gqa.datasets.coco import coco_categories, write_json
 
 DEFAULT_SPLITS = ('train', 'val', 'test')
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.JPG', '.JPEG', '.PNG', '.BMP')
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+# The second column of the lists that VOC has for each class.
+FLAGS = ('-1', '0', '1')
+_SIDES = ('width', 'height')
 
 
 class VOCObject(NamedTuple):
@@ -76,7 +83,7 @@ def find_splits(voc_root: Path, splits: Sequence[str] | None = None) -> dict[str
             raise FileNotFoundError(
                 f'{folder}: none of {", ".join(DEFAULT_SPLITS)} (.txt) is there'
             )
-    return {split: _read_names(folder / f'{split}.txt') for split in splits}
+    return {split: _read_names(voc_root, folder / f'{split}.txt') for split in splits}
 
 
 def read_image(voc_root: Path, name: str) -> VOCImage:
@@ -89,19 +96,18 @@ def read_image(voc_root: Path, name: str) -> VOCImage:
     xml_path = voc_root / 'Annotations' / f'{name}.xml'
     if not xml_path.is_file():
         raise FileNotFoundError(f'{xml_path}: no such annotation file')
-    try:
-        root = ET.parse(xml_path).getroot()
-    except ET.ParseError as error:
-        raise ValueError(f'{xml_path}: broken XML: {error}') from error
-    image = VOCImage(
-        xml_path,
-        _find_image(voc_root / 'JPEGImages', name),
-        _number(root, 'size/width', xml_path),
-        _number(root, 'size/height', xml_path),
-        [_read_object(element, xml_path) for element in root.findall('object')],
-    )
-    _check_size(image)
-    return image
+    root = _read_xml(xml_path)
+    image_path = _find_image(voc_root / 'JPEGImages', name)
+    width, height = _pixels(image_path)
+    if root.find('size') is not None:
+        said = tuple(_number(root, f'size/{side}', xml_path) for side in _SIDES)
+        if said != (width, height):
+            raise ValueError(
+                f'{xml_path}: says {said[0]}x{said[1]}, but {image_path} has '
+                f'{width}x{height} pixels'
+            )
+    objects = [_read_object(element, xml_path) for element in root.findall('object')]
+    return VOCImage(xml_path, image_path, width, height, objects)
 
 
 def convert(
@@ -109,6 +115,7 @@ def convert(
     splits: dict[str, list],
     classes: Sequence[str] | None = None,
     on_image: Callable[[], None] | None = None,
+    skip_bad: bool = False,
 ) -> Conversion:
     """Convert the splits that ``find_splits`` gave.
 
@@ -118,51 +125,115 @@ def convert(
         classes: class names in the order of the category ids; by default all names
             that occur in ``splits``, sorted.
         on_image: called after each image, for a progress bar.
+        skip_bad: leave out images whose annotation or picture is missing or broken,
+            with a message for each, instead of raising.
 
     Raises:
         FileNotFoundError: if an annotation or an image is missing.
         ValueError: if a file is broken, a class is not in ``classes``, or ``classes``
-            is empty or has a name twice.
+            is empty or has a name twice; if no image is left in a split; if there is
+            no object that would give ``classes``.
     """
     if classes is not None:
         _check_classes(classes)
     images: dict[str, list[VOCImage]] = {}
+    documents, messages = {}, {}
     for split, names in splits.items():
         images[split] = []
         for name in names:
-            images[split].append(read_image(voc_root, name))
+            try:
+                images[split].append(read_image(voc_root, name))
+            except (FileNotFoundError, ValueError) as error:
+                if not skip_bad:
+                    raise
+                messages[f'skipped: {error}'] = None
             if on_image is not None:
                 on_image()
+        if not images[split]:
+            raise ValueError(f'{voc_root}: every image of {split} was skipped')
     if classes is None:
         every = (image for part in images.values() for image in part)
         classes = sorted({item.name for image in every for item in image.objects})
-    documents, messages = {}, {}
+        if not classes:
+            raise ValueError(
+                f'{voc_root}: there is no object in {", ".join(splits)} that would '
+                'give the classes; name them with --classes'
+            )
     for split, part in images.items():
         documents[split], new = _coco_document(part, classes, voc_root)
         messages.update(dict.fromkeys(new))  # an image can be in several splits
     return Conversion(documents, list(classes), list(messages))
 
 
-def _read_names(path: Path) -> list[str]:
-    """First word of each line: per-class lists of VOC have a second column."""
+def _read_names(voc_root: Path, path: Path) -> list[str]:
+    """The lines of a split, without the second column of VOC's lists by class."""
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such split file')
-    lines = path.read_text(encoding='utf-8').splitlines()
-    names = [line.split()[0] for line in lines if line.strip()]
+    lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    names = [_name(line, voc_root / 'Annotations') for line in lines]
     if not names:
         raise ValueError(f'{path}: the split is empty')
     if len(set(names)) != len(names):
         double = next(name for name in names if names.count(name) > 1)
         raise ValueError(f'{path}: {double} is there twice')
+    for name in names:
+        if Path(name).is_absolute() or '..' in Path(name).parts:
+            raise ValueError(f'{path}: {name} leads out of the data set')
     return names
 
 
+def _name(line: str, annotations: Path) -> str:
+    """A name may hold spaces, and end like the second column: "photo 1"."""
+    name, _, flag = line.rpartition(' ')
+    if flag in FLAGS and name and not (annotations / f'{line}.xml').is_file():
+        return name.strip()
+    return line
+
+
+def _read_text(path: Path) -> str:
+    """A text in UTF-8, or in UTF-16 with a byte-order mark."""
+    data = path.read_bytes()
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode('utf-16' if is_utf16 else 'utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path}: is not UTF-8: {error}') from error
+
+
+def _read_xml(path: Path) -> ET.Element:
+    """The root of a document in any encoding that Python knows and the file names."""
+    data = path.read_bytes()
+    declared = re.match(rb'\s*<\?xml[^>]*encoding=["\']([\w.-]+)["\'][^>]*\?>', data)
+    try:
+        if declared is not None:  # expat knows few encodings of several bytes
+            encoding = declared[1].decode('ascii')
+            return ET.fromstring(data[declared.end() :].decode(encoding))
+        return ET.fromstring(data)
+    except (ET.ParseError, LookupError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path}: broken XML: {error}') from error
+
+
 def _find_image(folder: Path, name: str) -> Path:
+    """The image of this name, in the order of the suffixes, whatever their case."""
     for suffix in IMAGE_SUFFIXES:
-        path = folder / f'{name}{suffix}'
-        if path.is_file():
+        for spelling in (suffix, suffix.upper()):
+            path = folder / f'{name}{spelling}'
+            if path.is_file():
+                return path
+    for path in sorted(folder.glob(f'{glob.escape(name)}.*')):  # such as .Jpg; slow
+        is_named_so = path.name == f'{Path(name).name}{path.suffix}'
+        if is_named_so and path.suffix.lower() in IMAGE_SUFFIXES:
             return path
-    raise FileNotFoundError(f'{folder / name}.jpg: no such image (nor .png, .bmp)')
+    others = ', '.join(IMAGE_SUFFIXES[1:])
+    raise FileNotFoundError(f'{folder / name}.jpg: no such image (nor {others})')
+
+
+def _pixels(path: Path) -> tuple[int, int]:
+    """Width and height of an image, which is read to the end."""
+    pixels = cv2.imread(str(path))
+    if pixels is None:
+        raise ValueError(f'{path}: not an image that OpenCV can read')
+    return pixels.shape[1], pixels.shape[0]
 
 
 def _text(element: ET.Element, tag: str, path: Path) -> str:
@@ -189,18 +260,6 @@ def _read_object(element: ET.Element, path: Path) -> VOCObject:
     if flag not in ('0', '1'):
         raise ValueError(f'{path}: <difficult> must be 0 or 1, got {flag!r}')
     return VOCObject(_text(element, 'name', path), tuple(corners), flag == '1')
-
-
-def _check_size(image: VOCImage) -> None:
-    pixels = cv2.imread(str(image.image_path))
-    if pixels is None:
-        raise ValueError(f'{image.image_path}: not an image that OpenCV can read')
-    height, width = pixels.shape[:2]
-    if (width, height) != (image.width, image.height):
-        raise ValueError(
-            f'{image.xml_path}: says {image.width}x{image.height}, but '
-            f'{image.image_path} has {width}x{height} pixels'
-        )
 
 
 def _check_classes(classes: Sequence[str]) -> None:
@@ -296,6 +355,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'Default: all that occur in the converted splits, sorted; name them if splits '
         'are converted one by one',
     )
+    parser.add_argument(
+        '--skip-bad',
+        action='store_true',
+        help='leave out images whose annotation or picture is missing or broken, and '
+        'name them, instead of stopping at the first',
+    )
     return parser.parse_args(argv)
 
 
@@ -311,7 +376,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             total = sum(len(names) for names in splits.values())
             task = progress.add_task('images', total=total)
             result = convert(
-                args.voc_root, splits, args.classes, lambda: progress.advance(task)
+                args.voc_root,
+                splits,
+                args.classes,
+                lambda: progress.advance(task),
+                args.skip_bad,
             )
         args.out_dir.mkdir(parents=True, exist_ok=True)
         for split, document in result.documents.items():

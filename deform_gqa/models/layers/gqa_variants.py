@@ -65,7 +65,8 @@ class SimilarityGQA(_PixelAttention):
     """Each pixel attends to those like it, (B, C, H, W) -> (B, C, H, W).
 
     Pixels are grouped by the similarity of their queries, into groups of the same size.
-    The number of groups grows with the map, so that the time does no more than that.
+    The number of groups grows with the map, and the time of the attention only with it.
+    Finding the groups takes a time that grows with both.
 
     Args:
         dim: Number of channels C.

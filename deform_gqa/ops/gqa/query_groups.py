@@ -28,7 +28,8 @@ def groups_for_length(
 ) -> int | Tensor:
     """Number of groups for a sequence: one for each ``tokens_per_group`` begun.
 
-    With it, the time of :func:`group_attention` is linear in the length.
+    With it, the time of :func:`group_attention` is linear in the length. That of
+    :func:`group_queries` grows with the length times the number of groups.
 
     Args:
         length: Number of tokens, or an integer tensor of such.

@@ -34,6 +34,8 @@ from .options import ModelOptions
 SCOPE = 'mmdet'
 # Ops behind the modules that have a backend; a module of others' is not asked.
 MODULE_OPS = {
+    'DeformableAttention1D': 'deform_sample',
+    'DeformableAttention2D': 'deform_sample',
     'DeformableGQA': 'deform_attn',
     'NeighborhoodAttention': 'neighborhood_attn',
     # of projects/multiview_deform_attn

@@ -1,0 +1,1 @@
+"""Uptraining a detector with grouped queries: rows, their execution, the report."""

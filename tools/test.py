@@ -12,8 +12,8 @@ from deform_gqa.engine.runner_utils import (
     check_common_arguments,
     leave_process_group,
     load_config,
-    use_tta,
 )
+from deform_gqa.engine.tta import use_tta
 
 
 def make_parser() -> argparse.ArgumentParser:

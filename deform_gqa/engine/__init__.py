@@ -13,6 +13,7 @@ from deform_gqa.engine.hooks import (
     PreemptionHook,
     ResumableCheckpointHook,
     RuntimeBenchmarkHook,
+    WeightsCheckHook,
 )
 from deform_gqa.engine.resumable_loops import (
     ResumableEpochBasedTrainLoop,
@@ -29,6 +30,7 @@ __all__ = [
     'ResumableEpochBasedTrainLoop',
     'ResumableIterBasedTrainLoop',
     'RuntimeBenchmarkHook',
+    'WeightsCheckHook',
     'check_checkpoint',
     'load_checkpoint',
     'use_safe_loading',

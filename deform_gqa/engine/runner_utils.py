@@ -6,21 +6,23 @@ from pathlib import Path
 
 import torch
 from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine._strategy import DDPStrategy
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from deform_gqa.engine.checkpoint_io import use_safe_loading
+from deform_gqa.engine.hooks.weights_check_hook import WeightsCheckHook
 
 __all__ = [
     'add_common_arguments',
     'build_runner',
     'check_common_arguments',
+    'check_has',
     'leave_process_group',
     'load_config',
     'use_amp',
     'use_auto_scale_lr',
-    'use_tta',
 ]
 
 # Each launcher's names for the rank, the number of processes and the local rank.
@@ -113,9 +115,9 @@ def build_runner(cfg: Config) -> Runner:
     use_safe_loading()
     if cfg.launcher != 'none' and not torch.cuda.is_available():
         _use_gloo(cfg)
-    if 'runner_type' in cfg:
-        return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(WeightsCheckHook())
+    return runner
 
 
 def _use_gloo(cfg: Config) -> None:
@@ -132,8 +134,15 @@ def _use_gloo(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
-    wrapper.update(cfg.get('model_wrapper_cfg', {}))
-    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
+    if 'runner_type' not in cfg:
+        wrapper.update(cfg.get('model_wrapper_cfg') or {})
+        cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
+        return
+    # FlexibleRunner leaves wrapping to a strategy.
+    strategy = cfg.get('strategy') or dict(type='DDPStrategy')
+    if strategy['type'] in ('DDPStrategy', DDPStrategy):
+        wrapper.update(strategy.get('model_wrapper') or {})
+        cfg.strategy = dict(strategy, model_wrapper=dict(wrapper, device_ids=None))
 
 
 def leave_process_group() -> None:
@@ -149,7 +158,7 @@ def use_amp(cfg: Config) -> None:
     Raises:
         ValueError: The config has no optimizer wrapper.
     """
-    _check_has(cfg, 'optim_wrapper', '--amp')
+    check_has(cfg, 'optim_wrapper', '--amp')
     if torch.cuda.is_available():
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -159,7 +168,8 @@ def use_amp(cfg: Config) -> None:
             cfg.optim_wrapper.pop(option, None)
 
 
-def _check_has(cfg: Config, name: str, option: str) -> None:
+def check_has(cfg: Config, name: str, option: str) -> None:
+    """Raises a ValueError if a config lacks what an option needs."""
     if cfg.get(name) is None:
         raise ValueError(f'{option} needs {name} in the config, got {cfg.get(name)!r}')
 
@@ -176,48 +186,3 @@ def use_auto_scale_lr(cfg: Config) -> None:
             f'config, got auto_scale_lr={cfg.get("auto_scale_lr")!r}'
         )
     cfg.auto_scale_lr.enable = True
-
-
-def use_tta(cfg: Config) -> None:
-    """Tests on each image and its mirror image, unless the config says otherwise.
-
-    Raises:
-        ValueError: The config has no data to test on; or it has no ``tta_model``, and a
-            detector with masks, which MMDetection's own model cannot merge.
-    """
-    _check_has(cfg, 'test_dataloader', '--tta')
-    if 'tta_model' not in cfg and _predicts_masks(cfg.model):
-        raise ValueError(
-            '--tta: DetTTAModel merges boxes and no masks; give a tta_model in the '
-            f'config that can, or test without it (model {cfg.model.get("type")!r})'
-        )
-    cfg.setdefault(
-        'tta_model',
-        dict(
-            type='DetTTAModel',
-            tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
-        ),
-    )
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:  # wrappers such as RepeatDataset have no pipeline
-        dataset = dataset.dataset
-    if 'tta_pipeline' not in cfg:
-        cfg.tta_pipeline = [*dataset.pipeline[:-1], _mirror_transform()]
-    cfg.model = dict(**cfg.tta_model, module=cfg.model)
-    dataset.pipeline = cfg.tta_pipeline
-
-
-def _predicts_masks(model: dict) -> bool:
-    """Whether a model's config has a mask head, at any depth."""
-    return any(
-        (name in ('mask_head', 'panoptic_head') and value is not None)
-        or (isinstance(value, dict) and _predicts_masks(value))
-        for name, value in model.items()
-    )
-
-
-def _mirror_transform() -> dict:
-    keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
-    pack = dict(type='PackDetInputs', meta_keys=(*keys, 'flip', 'flip_direction'))
-    flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
-    return dict(type='TestTimeAug', transforms=[flips, [pack]])

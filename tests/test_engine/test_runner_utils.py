@@ -1,5 +1,6 @@
 import argparse
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,11 +12,7 @@ from deform_gqa.engine.runner_utils import (
     load_config,
     use_amp,
     use_auto_scale_lr,
-    use_tta,
 )
-
-FLIP = dict(type='RandomFlip', prob=1.0)
-PACK = dict(type='PackDetInputs')
 
 
 def make_args(**options) -> argparse.Namespace:
@@ -138,62 +135,42 @@ def test_auto_scale_lr():
             use_auto_scale_lr(Config(settings))
 
 
-def test_tta_of_a_wrapped_dataset():
-    inner = dict(type='CocoDataset', pipeline=[FLIP, PACK])
-    loader = dict(dataset=dict(type='RepeatDataset', dataset=inner))
-    cfg = Config(dict(model=dict(type='RetinaNet'), test_dataloader=loader))
-    use_tta(cfg)
-    assert cfg.model.type == 'DetTTAModel'
-    assert cfg.model.module == dict(type='RetinaNet')
-    pipeline = cfg.test_dataloader.dataset.dataset.pipeline
-    assert pipeline[0] == FLIP
-    assert pipeline[-1].type == 'TestTimeAug'
+@pytest.fixture
+def gloo(monkeypatch):
+    """Prepares a config in a process that a launcher has started."""
+    for name, value in dict(RANK='0', WORLD_SIZE='2', LOCAL_RANK='0').items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', Mock())
+
+    def prepare(**settings) -> Config:
+        cfg = Config(dict(launcher='pytorch', **settings))
+        runner_utils._use_gloo(cfg)
+        return cfg
+
+    return prepare
 
 
-def test_tta_of_the_config():
-    loader = dict(dataset=dict(type='CocoDataset', pipeline=[PACK]))
-    cfg = Config(
-        dict(
-            model=dict(type='RetinaNet'),
-            test_dataloader=loader,
-            tta_model=dict(type='MyTTAModel'),
-            tta_pipeline=[FLIP, PACK],
-        )
+def test_gloo_wraps_without_devices(gloo):
+    cfg = gloo(find_unused_parameters=True, model_wrapper_cfg=dict(static_graph=True))
+    assert cfg.model_wrapper_cfg == dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=True,
+        static_graph=True,
+        device_ids=None,
     )
-    use_tta(cfg)
-    assert cfg.model == dict(type='MyTTAModel', module=dict(type='RetinaNet'))
-    assert cfg.test_dataloader.dataset.pipeline == [FLIP, PACK]
 
 
-MASKS = [
-    dict(type='Mask2Former', panoptic_head=dict(type='Mask2FormerHead')),
-    dict(type='SOLO', mask_head=dict(type='SOLOHead')),
-    dict(type='MaskRCNN', roi_head=dict(mask_head=dict(type='FCNMaskHead'))),
-    dict(type='CascadeRCNN', roi_head=dict(mask_head=[dict(type='FCNMaskHead')])),
-]
+@pytest.mark.parametrize('strategy', [None, dict(type='DDPStrategy', sync_bn='torch')])
+def test_gloo_under_flexible_runner(gloo, strategy):
+    cfg = gloo(runner_type='FlexibleRunner', strategy=strategy)
+    assert cfg.strategy.type == 'DDPStrategy'
+    assert cfg.strategy.get('sync_bn') == (strategy and 'torch')
+    assert cfg.strategy.model_wrapper.device_ids is None
+    assert 'model_wrapper_cfg' not in cfg
 
 
-@pytest.mark.parametrize('model', MASKS, ids=lambda model: model['type'])
-def test_tta_of_masks_needs_a_model_that_merges_them(model):
-    loader = dict(dataset=dict(type='CocoDataset', pipeline=[PACK]))
-    settings = dict(model=model, test_dataloader=loader)
-    cfg = Config(settings)
-    with pytest.raises(ValueError, match=f'merges boxes and no masks.*{model["type"]}'):
-        use_tta(cfg)
-    assert cfg.model == model
-    cfg = Config(dict(settings, tta_model=dict(type='MyTTAModel')))
-    use_tta(cfg)
-    assert cfg.model.type == 'MyTTAModel'
-
-
-def test_tta_without_masks_in_a_two_stage_model():
-    loader = dict(dataset=dict(type='CocoDataset', pipeline=[PACK]))
-    model = dict(type='FasterRCNN', roi_head=dict(bbox_head=dict(), mask_head=None))
-    cfg = Config(dict(model=model, test_dataloader=loader))
-    use_tta(cfg)
-    assert cfg.model.type == 'DetTTAModel'
-
-
-def test_tta_without_test_data():
-    with pytest.raises(ValueError, match=r'--tta needs test_dataloader .* got None'):
-        use_tta(Config(dict(model=dict(type='RetinaNet'))))
+def test_other_strategies_are_left_alone(gloo):
+    strategy = dict(type='FSDPStrategy')
+    cfg = gloo(runner_type='FlexibleRunner', strategy=strategy)
+    assert cfg.strategy == strategy

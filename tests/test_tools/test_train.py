@@ -171,6 +171,14 @@ def test_test_with_mirrored_images(tool, trained, tmp_path):
     assert 'coco/bbox_mAP' in dumped_metrics(tmp_path)
 
 
+def test_foreign_weights_are_no_success(tool, tmp_path):
+    file = tmp_path / 'foreign.pth'
+    torch.save(dict(state_dict={'layer.weight': torch.ones(2)}), file)
+    status, output = tool('test.py', CONFIG, file, '--work-dir', tmp_path / 'work')
+    assert status == 1
+    assert 'nothing in the checkpoint fits the model' in output
+
+
 def test_two_processes_on_the_cpu(start, tmp_path):
     status, output = start(
         'bash', 'tools/dist_train.sh', CONFIG, '2', '--work-dir', tmp_path / 'train',

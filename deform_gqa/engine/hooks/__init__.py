@@ -8,6 +8,7 @@ from deform_gqa.engine.hooks.gqa_conversion_hook import GQAConversionHook
 from deform_gqa.engine.hooks.preemption_hook import PreemptionHook
 from deform_gqa.engine.hooks.resumable_checkpoint_hook import ResumableCheckpointHook
 from deform_gqa.engine.hooks.runtime_benchmark_hook import RuntimeBenchmarkHook
+from deform_gqa.engine.hooks.weights_check_hook import WeightsCheckHook
 
 __all__ = [
     'AttentionDistillationHook',
@@ -16,4 +17,5 @@ __all__ = [
     'PreemptionHook',
     'ResumableCheckpointHook',
     'RuntimeBenchmarkHook',
+    'WeightsCheckHook',
 ]

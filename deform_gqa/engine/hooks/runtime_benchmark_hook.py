@@ -10,7 +10,6 @@ import mmengine
 import torch
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -22,6 +21,7 @@ from deform_gqa.engine.hooks.runtime_benchmark_options import (
     check_modules,
     check_out_dir,
 )
+from deform_gqa.engine.unwrap import unwrap_model
 from deform_gqa.profiling.clock import make_clock
 from deform_gqa.profiling.environment import describe_environment
 from deform_gqa.profiling.module_timing import attention_groups, select_modules
@@ -162,7 +162,7 @@ class RuntimeBenchmarkHook(Hook):
             )
 
     def _find_modules(self, model: nn.Module) -> dict[str, list[nn.Module]]:
-        model = _unwrap(model)
+        model = unwrap_model(model)
         if self.modules is None:
             return attention_groups(model)
         groups = {}
@@ -185,7 +185,9 @@ class RuntimeBenchmarkHook(Hook):
         self._earlier = load_runs(self._folder / JSON_NAME)
         environment = describe_environment(self._device)
         environment |= dict(mmengine=mmengine.__version__, world_size=get_world_size())
-        names = {module: name for name, module in _unwrap(runner.model).named_modules()}
+        names = {
+            module: name for name, module in unwrap_model(runner.model).named_modules()
+        }
         self._run = dict(
             name=runner.experiment_name,
             started=runner.timestamp,
@@ -296,13 +298,6 @@ def _optim_wrappers(runner: Runner) -> list[OptimWrapper]:
     if isinstance(wrapper, OptimWrapperDict):
         return list(wrapper.values())
     return [wrapper]
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model whose modules have the names that a user knows."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
 
 
 def _ms_since(start_s: float) -> float:

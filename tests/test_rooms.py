@@ -35,6 +35,7 @@ OUTSIDE = {
     'deform_gqa.datasets': {'cv2', 'numpy'},
     'deform_gqa.ops': {'torch', 'triton'},
     'deform_gqa.ops.common': {'torch', 'triton'},
+    'deform_gqa.profiling': {'torch', 'numpy'},
     'deform_gqa.models': {'torch', 'mmcv.cnn', 'mmdet.registry', 'mmengine'},
 }
 

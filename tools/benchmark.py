@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 
 from deform_gqa.benchmark.core.errors import GateError, OptionError
+from deform_gqa.benchmark.core.options import Parser
 
 # Modules with DESCRIPTION, add_arguments(parser) and run(args, command); each is
 # imported only when it is named, so that a suite needs its own packages alone.
@@ -31,8 +32,8 @@ SUITES = {
     'backbone': 'deform_gqa.benchmark.models.backbone',
     'detector': 'deform_gqa.benchmark.models.detector',
     'gqa-sweep': 'deform_gqa.benchmark.gqa_sweep',
-    'dataloader': 'deform_gqa.benchmark.data.dataloader',
-    'compare': 'deform_gqa.benchmark.compare.suite',
+    'dataloader': 'deform_gqa.benchmark.dataloader',
+    'compare': 'deform_gqa.benchmark.compare',
     'hook-overhead': 'deform_gqa.benchmark.models.hook_overhead',
 }
 EXIT_WRONG_RESULTS = 1
@@ -58,12 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f'needs the package {package}, which is not installed'
         print(f'benchmark.py {argv[0]}: error: {message}', file=sys.stderr)
         return EXIT_BAD_OPTION
-    parser = argparse.ArgumentParser(
-        prog=f'benchmark.py {argv[0]}', description=suite.DESCRIPTION
-    )
+    parser = Parser(prog=f'benchmark.py {argv[0]}', description=suite.DESCRIPTION)
     suite.add_arguments(parser)
-    args = parser.parse_args(argv[1:])
     try:
+        args = parser.parse_args(argv[1:])
         code = suite.run(args, shlex.join(['python', 'tools/benchmark.py', *argv]))
     except OptionError as error:
         print(f'{parser.prog}: error: {error}', file=sys.stderr)

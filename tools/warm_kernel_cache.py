@@ -123,11 +123,11 @@ def run_tests(files: list[str], index: int, count: int) -> list[str]:
 def op_cases(arguments: list[str]) -> Iterator[tuple[OpCase, torch.dtype]]:
     """The cases of a run of ``benchmark.py op`` on a GPU, and those of its gate."""
     parser = argparse.ArgumentParser()
-    op_options.add_arguments(parser)
     with (
         mock.patch.object(torch.cuda, 'is_available', lambda: True),
         mock.patch.object(torch.cuda, 'device_count', lambda: 1),
     ):
+        op_options.add_arguments(parser)
         options = op_options.resolve(parser.parse_args(arguments))
     for op in options.ops:
         for case in OP_CASES[op].select(options):

@@ -3,52 +3,39 @@
 import dataclasses
 import time
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 
-class Clock(Protocol):
-    """Takes marks now and reads them later, so that taking one never waits."""
+class Clock:
+    """Takes marks now and reads them later, so that taking one never waits.
+
+    A CPU computes as it is told: a mark is the time of day.
+    """
 
     def start(self) -> None:
         """Begins to count at zero."""
+        self._start = self.mark()
 
     def mark(self, again: Any = None) -> Any:
         """This point in time; ``again`` is a mark that is moved here and handed back
         where the clock can do that."""
+        return time.perf_counter()
 
     def read_ms(self, mark: Any) -> float:
         """Milliseconds from the start to a mark; after :meth:`synchronize`."""
+        return (mark - self._start) * 1e3
 
     def synchronize(self) -> None:
         """Waits until all marks have been passed."""
 
 
-class CpuClock:
-    """A CPU computes as it is told: a mark is the time of day."""
-
-    def start(self) -> None:
-        self._start_s = time.perf_counter()
-
-    def mark(self, again: float | None = None) -> float:
-        return time.perf_counter()
-
-    def read_ms(self, mark: float) -> float:
-        return (mark - self._start_s) * 1e3
-
-    def synchronize(self) -> None:
-        pass
-
-
-class CudaClock:
+class CudaClock(Clock):
     """A mark is an event on the current stream of the thread that takes it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-
-    def start(self) -> None:
-        self._start = self.mark()
 
     def mark(self, again: torch.cuda.Event | None = None) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True) if again is None else again
@@ -69,7 +56,7 @@ def make_clock(device: torch.device) -> Clock:
         ValueError: For a device of another type than 'cpu' and 'cuda'.
     """
     if device.type == 'cpu':
-        return CpuClock()
+        return Clock()
     if device.type == 'cuda':
         return CudaClock(device)
     raise ValueError(f"device must be of type 'cpu' or 'cuda', got {str(device)!r}")

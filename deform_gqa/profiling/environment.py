@@ -19,6 +19,8 @@ import torch
 
 from deform_gqa.version import __version__
 
+# Where they are loaded, a figure depends on them.
+_MM_PACKAGES = ('mmengine', 'mmcv', 'mmdet')
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _CPUINFO = Path('/proc/cpuinfo')
 
@@ -93,6 +95,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         'date': datetime.datetime.now(datetime.timezone.utc).isoformat(
             timespec='seconds'
         ),
+        **{x: sys.modules[x].__version__ for x in _MM_PACKAGES if x in sys.modules},
     }
 
 

@@ -190,7 +190,7 @@ def _next_sequence_number() -> int | None:
 
 def _watch_backward(output: Any, first: int, spans: Spans) -> None:
     """Hooks into the nodes that a call made, whose numbers exceed ``first``."""
-    tensors = [t for t in _tensors(output) if _is_inside(t.grad_fn, first)]
+    tensors = [t for t in tensors_of(output) if _is_inside(t.grad_fn, first)]
     if not tensors:
         return
     call = _BackwardOfCall(spans)
@@ -221,16 +221,14 @@ def _exits(nodes: Sequence[Any], first: int) -> Iterator[Any]:
         seen.update(inner)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """All tensors of a module's output, whatever lists and dicts they are in."""
+def tensors_of(output: Any) -> list[Tensor]:
+    """All floating tensors of an output, whatever lists and dicts they are in."""
     if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    parts = output if isinstance(output, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
 
 
 # Choosing modules
@@ -281,7 +279,7 @@ def select_modules(model: nn.Module, choice: str) -> list[nn.Module]:
     """
     named = dict(model.named_modules())
     if choice in named and choice:
-        return _callable_modules(named[choice])
+        return callable_modules(named[choice])
     found = [m for m in named.values() if type(m).__name__ == choice]
     if not found:
         classes = sorted({type(module).__name__ for module in named.values()})
@@ -290,11 +288,12 @@ def select_modules(model: nn.Module, choice: str) -> list[nn.Module]:
             f'top level are {[name for name, _ in model.named_children()]}, and there '
             f'are the classes {classes}'
         )
-    return [member for module in found for member in _callable_modules(module)]
+    return [member for module in found for member in callable_modules(module)]
 
 
-def _callable_modules(module: nn.Module) -> list[nn.Module]:
+def callable_modules(module: nn.Module) -> list[nn.Module]:
+    """The module, or the members of a list, which is never called itself."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         members = module.children()
-        return [m for member in members for m in _callable_modules(member)]
+        return [m for member in members for m in callable_modules(member)]
     return [module]

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
+
+from .kv_heads import Heads
 
 # What a call does. Ops and models: outputs without gradients.
 FORWARD = 'forward'
@@ -38,6 +40,7 @@ class Workload:
         calls: One for each direction; they hand their results back, so that these are
             alive at the memory peak.
         check: Raises GateError if the backend computes something wrong.
+        output: What backends of a model are compared by.
         model: Whose parameters are counted; None for a bare op.
         resident_mib: Memory in use before the call that is to count as the call's.
         is_foreign: Other people's code: that it cannot run a case is a result, not a
@@ -47,6 +50,7 @@ class Workload:
     backend: str
     calls: dict[str, Callable[[], Any]]
     check: Callable[[], None] | None = None
+    output: Callable[[], Tensor] | None = None
     model: nn.Module | None = None
     resident_mib: float = 0.0
     is_foreign: bool = False
@@ -73,6 +77,8 @@ class Case:
         images: Images (or sequences) of a call, for the throughput.
         build: From a backend to the workload; raises NotRun.
         row_fields: What rows of a direction hold, measured or not.
+        heads: Of its attention; None where kv heads cannot be set.
+        subject: The case in words, whatever its kv heads.
     """
 
     name: str
@@ -80,6 +86,8 @@ class Case:
     images: int
     build: Callable[[str], Workload]
     row_fields: Callable[[str], dict[str, Any]] = _nothing
+    heads: Heads | None = None
+    subject: str = ''
 
     def describe(self) -> dict[str, Any]:
         """For the report."""

@@ -15,7 +15,7 @@ def size_text(size: Sequence[int]) -> str:
     return f'{size[0]}x{size[1]}'
 
 
-def kv_heads_text(kv_heads: int, heads: int) -> str:
+def kv_heads_text(kv_heads: int | str, heads: int | str) -> str:
     return 'all' if kv_heads == heads else f'{kv_heads} of {heads}'
 
 

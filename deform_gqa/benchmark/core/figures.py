@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 from deform_gqa.profiling.markdown import number
 
+from .fields import Fields, split_labels
 from .report import Report, Row
+from .tables import title
 
 # Colours of the colour-blind-safe palette of Okabe and Ito; markers for print.
 STYLES: dict[str, dict[str, str]] = {
@@ -119,13 +121,20 @@ def directions_of(report: Report, cases: Container[str]) -> list[str]:
     return [name for name in report.options['directions'] if name in found]
 
 
+def case_figure(report: Report, fields: Mapping[str, Fields], subject: str):
+    """:func:`time_and_memory` of the cases with these fields, by the case's name."""
+    shared, labels = split_labels(list(fields.values()))
+    names = dict(zip(fields, labels, strict=True))
+    return time_and_memory(report, names, ': '.join(filter(None, [subject, shared])))
+
+
 def time_and_memory(report: Report, labels: Mapping[str, str], heading: str):
     """Time on the left, memory on the right, a mark for each measured row.
 
     Args:
         report: Some of its cases were measured.
         labels: What stands at the axis, by the name of the case.
-        heading: Title of the figure.
+        heading: First line of the title.
     """
     slots = slots_of(report, labels)
     height = slots[-1].ends[1] * _LINE_INCHES
@@ -137,7 +146,7 @@ def time_and_memory(report: Report, labels: Mapping[str, str], heading: str):
     memory = draw_memory(right, slots)
     _finish(right, slots, memory, f'{of_all}extra memory', MEMORY_UNIT)
     legend(figure)
-    figure.suptitle(heading)
+    figure.suptitle(f'{heading}\n{title(report)}')
     return figure
 
 
@@ -183,7 +192,7 @@ def _finish(
     if ends:
         low, high = _limits(ends)
         axes.set_xlim(low, high)
-        _tick(axes, (1.0, 2.0, 5.0) if high / low < _FEW_DECADES else (1.0,))
+        tick(axes, (1.0, 2.0, 5.0) if high / low < _FEW_DECADES else (1.0,))
     axes.set_title(heading)
     axes.set_xlabel(unit)
     middles = [sum(slot.ends) / 2 for slot in slots]
@@ -206,9 +215,16 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     return low, high * (high / low) ** _TEXT_SHARE
 
 
-def _tick(axes, steps: Sequence[float]) -> None:
+def label_rows(axes, labels: Sequence[str]) -> None:
+    """A label for each line of marks, the first on top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+
+
+def tick(axes, steps: Sequence[float], base: float = 10) -> None:
+    """Ticks of a logarithmic axis at these multiples of powers of ``base``."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_locator(LogLocator(base, subs=steps))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:g}'))
     axes.xaxis.set_minor_locator(NullLocator())

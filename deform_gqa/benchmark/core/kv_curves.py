@@ -89,8 +89,8 @@ def kv_figure(report: Report):
         rows = [row for row in measured if row.direction == direction]
         for backend in dict.fromkeys(row.backend for row in rows):
             chosen = [row for row in rows if row.backend == backend]
-            _draw_times(left, report, chosen)
-            _draw_memory(right, report, chosen)
+            _draw(left, report, backend, times_of(report, chosen))
+            _draw(right, report, backend, memory_of(report, chosen))
         _finish(left, report, f'{direction}: time', figures.TIME_UNIT)
         _finish(right, report, f'{direction}: memory', figures.MEMORY_UNIT)
     figures.legend(figure, order=lambda label: label.split(', ')[::-1])
@@ -98,37 +98,41 @@ def kv_figure(report: Report):
     return figure
 
 
-def _draw_times(axes, report: Report, rows: Sequence[Row]) -> None:
-    values = [row.timing.median_ms for row in rows]
-    below = [row.timing.median_ms - row.timing.p20_ms for row in rows]
-    above = [row.timing.p80_ms - row.timing.median_ms for row in rows]
-    _draw(axes, report, rows, values, yerr=[below, above])
+# (kv heads, value, how far it reaches below, and above)
+Points = list[tuple[int, float, float, float]]
 
 
-def _draw_memory(axes, report: Report, rows: Sequence[Row]) -> None:
-    rows = [row for row in rows if row.peak_memory_mib is not None]
-    _draw(axes, report, rows, [row.peak_memory_mib for row in rows])
+def times_of(report: Report, rows: Sequence[Row]) -> Points:
+    """Medians, with what lies between p20 and p80."""
+    counts, points = kv_heads_of(report), []
+    for row in rows:
+        median = row.timing.median_ms
+        below, above = median - row.timing.p20_ms, row.timing.p80_ms - median
+        points.append((counts[row.case], median, below, above))
+    return points
 
 
-def _draw(axes, report: Report, rows: Sequence[Row], values, yerr=None) -> None:
+def memory_of(report: Report, rows: Sequence[Row]) -> Points:
+    counts = kv_heads_of(report)
+    peaks = {counts[row.case]: row.peak_memory_mib for row in rows}
+    return [(count, mib, 0, 0) for count, mib in peaks.items() if mib is not None]
+
+
+def _draw(axes, report: Report, backend: str, points: Points) -> None:
     """One backend's curve, and a line through its MHA and its MQA value."""
-    if not rows:
-        return
-    backend = rows[0].backend
-    counts = [kv_heads_of(report)[row.case] for row in rows]
     look = figures.style(backend)
-    axes.errorbar(counts, values, yerr=yerr, label=f'GQA, {backend}', ms=5, **look)
-    tops = yerr[1] if yerr else [0.0] * len(values)
-    for count, value, top in zip(counts, values, tops, strict=True):
-        above = dict(xytext=(0, 4), ha='center', va='bottom')
-        figures.write_value(axes, value, count, value + top, **above)
-    lines = ((report.options['heads'], 'MHA', '--'), (1, 'MQA', ':'))
-    for count, name, dashes in lines:
-        if count in counts:
-            value = values[counts.index(count)]
-            axes.axhline(
-                value, color=look['color'], ls=dashes, lw=1, label=f'{name}, {backend}'
-            )
+    if points:
+        counts, values, *yerr = zip(*points, strict=True)
+        label = f'GQA, {backend}'
+        axes.errorbar(counts, values, yerr=yerr, label=label, ms=5, **look)
+    lines = {report.options['heads']: ('MHA', '--'), 1: ('MQA', ':')}
+    for count, value, _, above in points:
+        place = dict(xytext=(0, 4), ha='center', va='bottom')
+        figures.write_value(axes, value, count, value + above, **place)
+        if count in lines:
+            name, dashes = lines[count]
+            line = dict(color=look['color'], ls=dashes, lw=1)
+            axes.axhline(value, label=f'{name}, {backend}', **line)
 
 
 def _finish(axes, report: Report, heading: str, unit: str) -> None:

@@ -1,10 +1,29 @@
 """Numbers of kv heads: the axis along which grouped-query attention is measured."""
 
+import dataclasses
 from collections.abc import Iterable
+
+from .fields import kv_heads_text
 
 AS_CONFIGURED = 'config'
 SHARES = ('full', 'half', 'one')
 SWEEP = 'sweep'  # all, and halves down to one
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Numbers of heads of an attention, or of those of each stage of a backbone."""
+
+    query: tuple[int, ...]
+    kv: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """'1 2 4 4 of 2 4 8 16', or 'all'."""
+        return kv_heads_text(join(self.kv), join(self.query))
+
+
+def join(counts: Iterable[int]) -> str:
+    return ' '.join(map(str, counts))
 
 
 def kv_head_count(num_heads: int, choice: str) -> int:

@@ -5,10 +5,11 @@ import dataclasses
 import math
 import os
 import re
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,12 +24,92 @@ QUICK_THREADS = 1
 MAX_SIDE = 16384
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises OptionError for wrong arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message.removeprefix('argument '))
+
+
+# Types of arguments: from the text to the value, or an error that says what is wrong.
+
+
+def number_from(least: float, kind: type = float) -> Callable[[str], Any]:
+    """A finite number that is not below ``least``."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < math.inf:
+            what = 'positive' if least > 0 else '0 or more'
+            raise argparse.ArgumentTypeError(f'must be {what}, got {value}')
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse, where it is no number
+    return parse
+
+
+parse_count = number_from(1, int)
+parse_seconds = number_from(sys.float_info.min)
+
+
+def one_of(known: Iterable) -> Callable[[str], Any]:
+    """The value of that text among these."""
+    values = {str(value): value for value in known}
+
+    def parse(text: str) -> Any:
+        if text not in values:
+            names = ', '.join(values)
+            raise argparse.ArgumentTypeError(f'unknown {text!r}; there are {names}')
+        return values[text]
+
+    return parse
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """'800x1333' -> (800, 1333), height first."""
+    match = re.fullmatch(r'(\d{1,5})x(\d{1,5})', text)
+    height, width = map(int, match.groups()) if match else (0, 0)
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise argparse.ArgumentTypeError(
+            f'takes HEIGHTxWIDTH of 1 to {MAX_SIDE} pixels, got {text!r}'
+        )
+    return height, width
+
+
+def parse_device(text: str) -> torch.device:
+    if not re.fullmatch(r'cpu|cuda(:\d+)?', text):
+        raise argparse.ArgumentTypeError(f"must be 'cpu' or 'cuda[:N]', got {text!r}")
+    return torch.device(text)
+
+
+def parse_out(text: str) -> str:
+    """A folder that can be written to; known before all the work."""
+    paths = Path(text), *Path(text).parents
+    # Not Path.exists(), which raises where it may not look.
+    present = next(path for path in paths if os.path.exists(path))
+    if not present.is_dir():
+        raise argparse.ArgumentTypeError(
+            f'{text!r} cannot be a folder: {present} is a file'
+        )
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} cannot be written: no permission in {present}'
+        )
+    return text
+
+
+OUT: dict[str, Any] = dict(
+    type=parse_out, metavar='DIR', help='write JSON, Markdown and PNG to this folder'
+)
+
+
 def add_output_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
     """What every suite that measures has; ``quick`` says what --quick chooses."""
     add = parser.add_argument
-    add('--threads', type=int, help="of a CPU (default: torch's choice, 1 if quick)")
+    threads = "of a CPU (default: torch's choice, 1 if quick)"
+    add('--threads', type=parse_count, help=threads)
     add('--quick', action='store_true', help=f'{quick}, under a minute on 2 cores')
-    add('--out', metavar='DIR', help='write JSON, Markdown and PNG to this folder')
+    add('--out', **OUT)
 
 
 def add_measure_arguments(
@@ -36,6 +117,7 @@ def add_measure_arguments(
     backends: Sequence[str],
     directions: Sequence[str],
     quick: str,
+    kv_heads: Callable[[str], str],
     /,
     **notes: str,
 ) -> None:
@@ -46,23 +128,25 @@ def add_measure_arguments(
         backends: All that there are.
         directions: All that there are.
         quick: What --quick chooses.
+        kv_heads: Type of the argument.
         notes: Help texts by argument, where a suite has defaults to name.
     """
 
-    def add(name: str, **options: Any) -> None:
-        option = '--' + name.replace('_', '-')
-        options['help'] = notes.get(name, options.get('help'))
-        parser.add_argument(option, **options)
+    def add(name: str, kind: Callable, metavar: str, text: str, **more: Any) -> None:
+        option, text = '--' + name.replace('_', '-'), notes.get(name, text)
+        parser.add_argument(option, type=kind, metavar=metavar, help=text, **more)
 
-    add('backends', nargs='+', metavar='B', help=f'of {", ".join(backends)}')
-    add('sizes', nargs='+', metavar='HxW', help='images in pixels')
-    add('batch_sizes', nargs='+', type=int, metavar='N', help='images a call')
-    add('kv_heads', nargs='+', metavar='K')
-    add('directions', nargs='+', metavar='D', help=f'of {", ".join(directions)}')
-    add('device', help="'cpu' or 'cuda[:N]' (default: cuda where there is one)")
-    add('repeats', type=int, help='samples (default: as many as fill --min-time-s)')
-    add('min_time_s', type=float, help='sampling time a row, at least 3 samples')
-    add('time_limit_s', type=float, help='start no measurement after that time')
+    add('backends', one_of(backends), 'B', f'of {", ".join(backends)}', nargs='+')
+    add('sizes', parse_size, 'HxW', 'images in pixels', nargs='+')
+    add('batch_sizes', parse_count, 'N', 'images a call', nargs='+')
+    add('kv_heads', kv_heads, 'K', 'numbers of kv heads', nargs='+')
+    add('directions', one_of(directions), 'D', f'of {", ".join(directions)}', nargs='+')
+    text = "'cpu' or 'cuda[:N]' (default: cuda where there is one)"
+    present = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    add('device', parse_device, 'DEVICE', text, default=present)
+    add('repeats', parse_count, 'N', 'samples (default: as many as fill --min-time-s)')
+    add('min_time_s', parse_seconds, 'S', 'sampling time a row, at least 3 samples')
+    add('time_limit_s', parse_seconds, 'S', 'start no measurement after that time')
     add_output_arguments(parser, quick)
 
 
@@ -92,9 +176,6 @@ class MeasureOptions:
         """The dtype of autocast; None without."""
         return None
 
-    def use_threads(self) -> None:
-        use_threads(self.threads)
-
     def deadline(self) -> 'Deadline':
         """The time limit, counted from now."""
         return Deadline(self.time_limit_s)
@@ -111,63 +192,35 @@ class Deadline:
 
 
 def resolve_measure(
-    args: argparse.Namespace,
-    backends: Sequence[str],
-    directions: Sequence[str],
-    /,
-    **defaults: Sequence[Any],
+    args: argparse.Namespace, directions: Sequence[str], /, **defaults: Sequence[Any]
 ) -> dict[str, Any]:
-    """The fields of :class:`MeasureOptions` from checked arguments.
+    """The fields of :class:`MeasureOptions`.
 
     Args:
         args: As parsed.
-        backends: All that there are.
-        directions: All that there are, and the default.
-        defaults: Of backends, sizes, batch_sizes and kv_heads.
+        directions: The default.
+        defaults: Of backends, sizes, batch_sizes, kv_heads and options of the suite.
 
     Raises:
-        OptionError: For the first wrong option.
+        OptionError: For a device that is not there.
     """
-    check_out(args.out)
-    check_options(args, 'repeats', 'min_time_s', 'time_limit_s', 'batch_sizes')
-    given = {
-        name: unique(getattr(args, name) or default)
-        for name, default in defaults.items()
-    }
+    count = torch.cuda.device_count()
+    if args.device.type == 'cuda' and (args.device.index or 0) >= count:
+        raise OptionError(f'--device {args.device}: torch sees {count} CUDA devices')
+    defaults['directions'] = directions
     default_time_s = QUICK_TIME_S if args.quick else DEFAULT_TIME_S
-    return given | dict(
-        device=parse_device(args.device),
+    return dict(
+        device=args.device,
         sampling=Sampling(args.repeats, args.min_time_s or default_time_s),
         threads=resolve_threads(args),
         time_limit_s=args.time_limit_s,
         out=args.out,
-        backends=one_of('--backends', given['backends'], backends),
-        directions=one_of('--directions', args.directions or directions, directions),
-        sizes=unique(parse_size(text) for text in given['sizes']),
+        **{name: unique(getattr(args, name) or x) for name, x in defaults.items()},
     )
-
-
-def check_out(out: str | None) -> None:
-    """Raises OptionError for --out where nothing could be written after all the work.
-
-    A file is in the way, or the folder is not ours to write to.
-    """
-    if out is None:
-        return
-    paths = Path(out), *Path(out).parents
-    # Not Path.exists(), which raises where it may not look.
-    present = next(path for path in paths if os.path.exists(path))
-    if not present.is_dir():
-        raise OptionError(f'--out {out!r} cannot be a folder: {present} is a file')
-    if not os.access(present, os.W_OK | os.X_OK):
-        raise OptionError(
-            f'--out {out!r} cannot be written: no permission in {present}'
-        )
 
 
 def resolve_threads(args: argparse.Namespace) -> int | None:
     """Threads of a CPU; None for torch's choice."""
-    check_positive('--threads', [args.threads])
     return QUICK_THREADS if args.quick and args.threads is None else args.threads
 
 
@@ -176,71 +229,6 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def parse_size(text: str, option: str = '--sizes') -> tuple[int, int]:
-    """'800x1333' -> (800, 1333), height first.
-
-    Raises:
-        OptionError: For anything else.
-    """
-    match = re.fullmatch(r'(\d{1,5})x(\d{1,5})', text)
-    size = tuple(map(int, match.groups())) if match else (0, 0)
-    if not all(1 <= side <= MAX_SIDE for side in size):
-        raise OptionError(
-            f'{option} takes HEIGHTxWIDTH of 1 to {MAX_SIDE} pixels, got {text!r}'
-        )
-    return size[0], size[1]
-
-
 def unique(values: Iterable) -> tuple:
     """The values, once each, in their order."""
     return tuple(dict.fromkeys(values))
-
-
-def one_of(option: str, values: Iterable, known: Iterable) -> tuple:
-    """The values, once each.
-
-    Raises:
-        OptionError: For the first that is not known.
-    """
-    known, values = list(known), unique(values)
-    for value in values:
-        if value not in known:
-            names = ', '.join(map(str, known))
-            raise OptionError(f'{option}: unknown {value!r}; there are {names}')
-    return values
-
-
-def parse_device(text: str | None) -> torch.device:
-    """The device named, by default a GPU where there is one.
-
-    Raises:
-        OptionError: For another kind of device, or one that is not there.
-    """
-    if text is None:
-        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    if not re.fullmatch(r'cpu|cuda(:\d+)?', text):
-        raise OptionError(f"--device must be 'cpu' or 'cuda[:N]', got {text!r}")
-    device = torch.device(text)
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise OptionError(f'--device {text}: torch sees {count} CUDA devices')
-    return device
-
-
-def check_positive(option: str, values: Sequence[float | None]) -> None:
-    """None stands for an option that is not given.
-
-    Raises:
-        OptionError: For a number that is not positive and finite.
-    """
-    for value in values:
-        if value is not None and not 0 < value < float('inf'):
-            raise OptionError(f'{option} must be positive, got {value}')
-
-
-def check_options(args: argparse.Namespace, *names: str) -> None:
-    """check_positive for options by the name of their argument, lists or single."""
-    for name in names:
-        given = getattr(args, name)  # None where it is not given
-        values = given if isinstance(given, (list, tuple)) else [given]
-        check_positive('--' + name.replace('_', '-'), values)

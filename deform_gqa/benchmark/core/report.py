@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from deform_gqa.profiling.environment import describe_environment
 from deform_gqa.profiling.timing import Timing
 
-from .cases import Status
+from .cases import Case, Status
 
 FORMAT_VERSION = 1
 
@@ -76,6 +80,21 @@ class Report:
     options: dict[str, Any]
     cases: list[dict[str, Any]]
     rows: list[Row]
+
+    @classmethod
+    def of(
+        cls,
+        suite: str,
+        command: str,
+        device: torch.device,
+        options: dict[str, Any],
+        cases: Iterable[Case | dict[str, Any]],
+        rows: list[Row],
+    ) -> 'Report':
+        """What was measured here and now, with the threads that are in use."""
+        described = [x if isinstance(x, dict) else x.describe() for x in cases]
+        environment = describe_environment(device)
+        return cls(suite, command, environment, options, described, rows)
 
     def row(self, case: str, backend: str, direction: str) -> Row | None:
         """The measured row, or None."""

@@ -15,7 +15,7 @@ from deform_gqa.profiling.timing import Timing
 from .cases import Case, NotRun, Status, Workload
 from .errors import one_line
 from .flops import count_flops
-from .options import MeasureOptions
+from .options import MeasureOptions, use_threads
 from .progress import progress
 from .report import Row
 from .sampling import Timer
@@ -81,6 +81,7 @@ def measure(
     Raises:
         GateError: If a backend computes something wrong.
     """
+    use_threads(options.threads)
     steps = len(groups) * len(options.backends) * len(options.directions)
     with progress(steps) as step:
         loop = _Loop(options, sampler, counts_flops, step)

@@ -1,6 +1,8 @@
 """The one place that prints and writes: JSON, Markdown and pictures of any suite."""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ def publish(
 ) -> None:
     """Prints the tables; writes them, the record and pictures if ``out`` is given.
 
+    All files are complete before the first of them gets its name, the record last: a
+    picture that cannot be drawn leaves what an earlier run wrote.
+
     Args:
         name: Of the files.
         record: What the JSON file holds.
@@ -27,16 +32,19 @@ def publish(
     print(markdown)
     if out is None:
         return
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f'{name}.json').write_text(json.dumps(record, indent=1) + '\n')
-    (folder / f'{name}.md').write_text(markdown)
-    written = [f'{name}.json', f'{name}.md']
     reason = figures.unavailable_reason()
-    for picture, draw in pictures.items():
+    names = [f'{picture}.png' for picture in ({} if reason else pictures)]
+    names += [f'{name}.md', f'{name}.json']
+    os.makedirs(out, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.new-', dir=out) as folder:
+        new = Path(folder)
+        (new / f'{name}.json').write_text(json.dumps(record, indent=1) + '\n')
+        (new / f'{name}.md').write_text(markdown)
         if reason is None:
-            draw().savefig(folder / f'{picture}.png', dpi=figures.DPI)
-            written.append(f'{picture}.png')
-    print(f'written to {folder}: {", ".join(written)}')
+            for picture, draw in pictures.items():
+                draw().savefig(new / f'{picture}.png', dpi=figures.DPI)
+        for file in names:
+            os.replace(new / file, Path(out, file))
+    print(f'written to {out}: {", ".join(names)}')
     if reason is not None:
         print(reason)

@@ -1,6 +1,7 @@
 """``benchmark.py backbone``: DAT by name, or the backbone of a config."""
 
 import argparse
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,25 +13,21 @@ from deform_gqa.models.backbones.dat import MIN_IMAGE_SIDE
 from ..core.cases import FORWARD, TRAIN, Case, Workload
 from ..core.errors import OptionError
 from ..core.fields import size_text
-from ..core.run import measure
-from ..core.writer import publish
+from ..core.kv_heads import Heads
 from . import build
-from .breakdown import PartSampler
-from .breakdown_report import breakdown_markdown, breakdown_pictures
+from .breakdown import run_breakdown
 from .options import ModelOptions, add_model_arguments, resolve_model
-from .report import Built, model_case, model_report, run_suite
+from .report import model_case, run_suite
 from .workload import flat_output, model_calls
 
 DESCRIPTION = 'Latency, memory, FLOPs and parameters of backbones.'
 DIRECTIONS = (FORWARD, TRAIN)
-SIZES = ('800x1333',)
-QUICK_SIZES = ('224x224',)
+SIZES = ((800, 1333),)
+QUICK_SIZES = ((224, 224),)
 DEFAULT_TARGETS = ('t++',)
 NOTES = (
-    'Medians over the samples; memory is the peak during a call over the use before '
-    'it. `forward` runs in eval mode without gradients; `train` is forward in training '
-    'mode and backward to all parameters, without the optimiser. FLOPs are two for '
-    'each multiply-add of convolutions, linear layers and attention products.'
+    '`forward` runs in eval mode without gradients; `train` is forward in training '
+    'mode and backward to all parameters, without the optimiser.'
 )
 
 
@@ -52,36 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Measure, print the table, and write the files if --out is given.
-
-    Raises:
-        OptionError: For wrong options, before anything is measured.
-        GateError: If two backends give different outputs.
-    """
-    sizes = QUICK_SIZES if args.quick else SIZES
-    options = resolve_model(args, DIRECTIONS, sizes, (1,))
+    options = resolve_model(args, DIRECTIONS, QUICK_SIZES if args.quick else SIZES)
     cases = backbone_cases(args.targets or DEFAULT_TARGETS, options)
     if args.breakdown:
         run_breakdown(command, options, cases)
-        return
-    run_suite('backbone', 'Backbones', command, options, cases, NOTES)
-
-
-def run_breakdown(command: str, options: ModelOptions, cases: Sequence[Case]) -> None:
-    """Measure the parts, print the tables, and write the files if --out is given."""
-    options.use_threads()
-    sampler = PartSampler()
-    groups = [[case] for case in cases]
-    rows = measure(groups, options, sampler, counts_flops=False)
-    report = model_report('breakdown', command, options, [], rows)
-    report.cases.extend(sampler.parts.values())
-    publish(
-        'breakdown',
-        report.to_json(),
-        breakdown_markdown(report),
-        options.out,
-        breakdown_pictures(report),
-    )
+    else:
+        run_suite('backbone', 'Backbones', command, options, cases, NOTES)
 
 
 def backbone_config(target: str, cfg_options: dict[str, Any]) -> dict[str, Any]:
@@ -108,24 +81,22 @@ def backbone_config(target: str, cfg_options: dict[str, Any]) -> dict[str, Any]:
 
 def backbone_cases(targets: Sequence[str], options: ModelOptions) -> list[Case]:
     """Every target at every number of kv heads, image size and batch size."""
-    cases: dict[str, Case] = {}
-    for target in targets:
+    cases: list[Case] = []
+    for target in dict.fromkeys(targets):
         config = backbone_config(target, options.cfg_options)
-        for choice in build.kv_choices(config, options.kv_heads):
-            chosen = build.with_kv_heads(config, choice)
-            for size in options.sizes:
-                for batch in options.batch_sizes:
-                    case = backbone_case(target, chosen, size, batch, options)
-                    cases[case.name] = case
-    return list(cases.values())
+        configs = build.along_kv_heads(config, options.kv_heads)
+        make = functools.partial(backbone_case, build.short_name(target), options)
+        cases += build.model_cases(configs, options.sizes, options, make)
+    return cases
 
 
 def backbone_case(
-    target: str,
+    name: str,
+    options: ModelOptions,
     config: dict[str, Any],
+    heads: Heads | None,
     size: tuple[int, int],
     batch: int,
-    options: ModelOptions,
 ) -> Case:
     image = size_text(size)
     if config['type'] == 'DAT' and min(size) < MIN_IMAGE_SIDE:
@@ -133,13 +104,9 @@ def backbone_case(
             f'--sizes {image}: DAT takes images of at least '
             f'{MIN_IMAGE_SIDE}x{MIN_IMAGE_SIDE} pixels'
         )
-    fields = {
-        'backbone': build.short_name(target),
-        'kv heads': build.kv_heads_text(config),
-        'image': image,
-    }
-    name = '/'.join(['backbone', *filter(None, fields.values()), f'b{batch}'])
-    return model_case(name, fields, batch, options, build_workload, config, size, batch)
+    fields = {'backbone': name, 'kv heads': str(heads or ''), 'image': image}
+    make = functools.partial(build_workload, config, size, batch, options)
+    return model_case(fields, heads, batch, options, make)
 
 
 def build_workload(
@@ -148,10 +115,10 @@ def build_workload(
     batch: int,
     options: ModelOptions,
     backend: str,
-) -> Built:
+) -> Workload:
     """The backbone on random images."""
     model, used = build.with_backend(config, options, backend)
     images = torch.randn(batch, 3, *size, device=options.device)
     calls = model_calls(lambda: model(images), model, options.device, options.amp_dtype)
-    workload = Workload(used, calls, model=model)
-    return workload, lambda: flat_output(calls[FORWARD])
+    output = functools.partial(flat_output, calls[FORWARD])
+    return Workload(used, calls, output=output, model=model)

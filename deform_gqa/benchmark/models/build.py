@@ -3,10 +3,11 @@
 import contextlib
 import copy
 import inspect
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,15 @@ from deform_gqa.models.backbones.dat_checkpoint import load_dat_checkpoint
 from deform_gqa.ops import unsupported_reason
 from deform_gqa.ops.common.backends import BACKENDS
 
-from ..core.cases import PLAIN, NotRun
+from ..core.cases import PLAIN, Case, NotRun
 from ..core.errors import OptionError
-from ..core.kv_heads import AS_CONFIGURED, SWEEP, kv_head_count, kv_head_counts
+from ..core.kv_heads import (
+    AS_CONFIGURED,
+    SWEEP,
+    Heads,
+    kv_head_count,
+    kv_head_counts,
+)
 from .options import ModelOptions
 
 SCOPE = 'mmdet'
@@ -144,8 +151,7 @@ def with_backend(
         NotRun: As :func:`set_backend`.
     """
     model = build_model(config, options.device, options.checkpoint)
-    dtype = options.amp_dtype or torch.float32
-    return model, set_backend(model, backend, options.device, dtype)
+    return model, set_backend(model, backend, options)
 
 
 def load_weights(model: nn.Module, checkpoint: str) -> None:
@@ -179,9 +185,7 @@ def warnings_only() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def set_backend(
-    model: nn.Module, backend: str, device: torch.device, dtype: torch.dtype
-) -> str:
+def set_backend(model: nn.Module, backend: str, options: ModelOptions) -> str:
     """Let all our ops in a model run with a backend; returns its name, or ``PLAIN``.
 
     An op that has no such backend keeps 'auto'.
@@ -192,12 +196,13 @@ def set_backend(
     modules = [module for module in model.modules() if _has_backends(module)]
     if not modules:
         return PLAIN
+    where = dict(device=options.device, dtype=options.amp_dtype or torch.float32)
     reasons = {}
     for module in modules:
         op = MODULE_OPS.get(type(module).__name__)
         reason = None
         if op is not None and backend != 'auto':
-            reason = unsupported_reason(op, backend, device=device, dtype=dtype)
+            reason = unsupported_reason(op, backend, **where)
         if reason is None:
             module.backend = backend
         else:
@@ -215,86 +220,76 @@ def _has_backends(module: nn.Module) -> bool:
     return 'backend' in inspect.signature(type(module)).parameters
 
 
-def dat_parts(config: Mapping[str, Any]) -> list[dict]:
-    """The DAT backbones in a model config, with numbers of kv heads to set."""
-    return [part for part in dicts_of(config) if part.get('type') == 'DAT']
+# A dict with a number of kv heads, its key, and the query heads (of each stage).
+Slot = tuple[dict[str, Any], str, tuple[int, ...]]
 
 
-def with_kv_heads(config: Mapping[str, Any], choice: str) -> dict[str, Any]:
-    """A copy of a model config whose DAT backbones have that many kv heads.
+def dat_slots(config: Mapping[str, Any]) -> list[Slot]:
+    """The DAT backbones in a model config.
 
-    A number that a stage's query heads are no multiple of stands for the next smaller
-    one that they are.
+    Raises:
+        OptionError: For an arch that is none.
+    """
+    parts = [part for part in dicts_of(config) if part.get('type') == 'DAT']
+    try:
+        archs = [resolve_arch(part.get('arch', 't++')) for part in parts]
+    except (TypeError, ValueError) as error:
+        raise OptionError(str(error)) from error
+    return [
+        (part, 'num_kv_heads', tuple(arch['num_heads']))
+        for part, arch in zip(parts, archs, strict=True)
+    ]
+
+
+def along_kv_heads(
+    config: Mapping[str, Any],
+    choices: Sequence[str],
+    find_slots: Callable[[Any], list[Slot]] = dat_slots,
+) -> list[tuple[dict[str, Any], Heads | None]]:
+    """A copy of a config for each choice, and the heads in its first slot.
+
+    A number that the query heads are no multiple of stands for the next smaller one
+    that they are. A sweep takes the numbers of the stage with the most heads.
 
     Raises:
         OptionError: If a number is asked of a model without a DAT backbone.
     """
-    config = copy.deepcopy(dict(config))
-    if choice == AS_CONFIGURED:
-        return config
-    parts = dat_parts(config)
-    if not parts:
-        raise OptionError(
-            f'--kv-heads {choice}: the model has no DAT backbone, only '
-            f"'{AS_CONFIGURED}' is possible"
-        )
-    for part in parts:
-        part['num_kv_heads'] = [
-            kv_head_count(heads, choice) for heads in stage_heads(part)
-        ]
-    return config
-
-
-def stage_heads(dat_config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Query heads of the four stages."""
-    try:
-        return tuple(resolve_arch(dat_config.get('arch', 't++'))['num_heads'])
-    except (TypeError, ValueError) as error:
-        raise OptionError(str(error)) from error
-
-
-def kv_choices(config: Mapping[str, Any], choices: Sequence[str]) -> list[str]:
-    """The choices, with 'sweep' as numbers: those of the stage with the most heads.
-
-    Raises:
-        OptionError: If a sweep is asked of a model without a DAT backbone.
-    """
-    found: list[str] = []
-    for choice in choices:
+    found: list[tuple[dict[str, Any], Heads | None]] = []
+    waiting = list(choices)
+    while waiting:
+        choice = waiting.pop(0)
+        copied = copy.deepcopy(dict(config))
+        slots = find_slots(copied)
+        if choice != AS_CONFIGURED and not slots:
+            raise OptionError(
+                f'--kv-heads {choice}: the model has no DAT backbone whose kv heads '
+                'could be set'
+            )
         if choice == SWEEP:
-            found += map(str, kv_head_counts(max(query_heads(config)), [SWEEP]))
-        else:
-            found.append(choice)
+            most = max(slots[0][2])
+            waiting = [*map(str, kv_head_counts(most, [SWEEP])), *waiting]
+            continue
+        for part, name, query in slots if choice != AS_CONFIGURED else ():
+            counts = [kv_head_count(heads, choice) for heads in query]
+            part[name] = counts if len(counts) > 1 else counts[0]
+        found.append((copied, heads_in(slots[0]) if slots else None))
     return found
 
 
-def query_heads(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Query heads of the four stages of a model's first DAT backbone.
-
-    Raises:
-        OptionError: For a model without one.
-    """
-    parts = dat_parts(config)
-    if not parts:
-        raise OptionError('the model has no DAT backbone whose kv heads could be set')
-    return stage_heads(parts[0])
+def heads_in(slot: Slot) -> Heads:
+    """As a config has them."""
+    part, name, query = slot
+    kv = part.get(name) or query
+    return Heads(query, (kv,) * len(query) if isinstance(kv, int) else tuple(kv))
 
 
-def kv_heads_text(config: Mapping[str, Any]) -> str:
-    """'1 2 4 8 of 2 4 8 16' or 'all' for the first DAT of a config, '' without one."""
-    parts = dat_parts(config)
-    if not parts:
-        return ''
-    heads = stage_heads(parts[0])
-    kv_heads = parts[0].get('num_kv_heads')
-    if kv_heads is None:
-        kv_heads = heads
-    elif isinstance(kv_heads, int):
-        kv_heads = (kv_heads,) * len(heads)
-    if tuple(kv_heads) == heads:
-        return 'all'
-    return f'{join(kv_heads)} of {join(heads)}'
-
-
-def join(values) -> str:
-    return ' '.join(map(str, values))
+def model_cases(
+    configs: Iterable[tuple[dict[str, Any], Heads | None]],
+    sizes: Iterable[Any],
+    options: ModelOptions,
+    make: Callable[[dict[str, Any], Heads | None, Any, int], Case],
+) -> list[Case]:
+    """Every config at every image size and batch size, once."""
+    combinations = itertools.product(configs, sizes, options.batch_sizes)
+    cases = [make(*config, size, batch) for config, size, batch in combinations]
+    return list({case.name: case for case in cases}.values())

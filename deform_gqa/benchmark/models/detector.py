@@ -2,32 +2,31 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from mmengine.config import Config
 
 from ..core.cases import PREDICT, PREPROCESS, TRAIN, Case, Workload
 from ..core.errors import OptionError
 from ..core.fields import size_text
-from ..core.options import check_options
+from ..core.kv_heads import Heads
+from ..core.options import parse_count
 from . import build, detector_inputs
 from .options import ModelOptions, add_model_arguments, resolve_model
-from .report import Built, model_case, run_suite
-from .workload import autocast, flat_output, in_mode
+from .report import model_case, run_suite
+from .workload import evaluation, flat_output, in_mode, training_step
 
 DESCRIPTION = 'Latency, memory, FLOPs and parameters of detectors, data time apart.'
 DIRECTIONS = (PREPROCESS, PREDICT, TRAIN)
-QUICK_SIZES = ('192x256',)
+QUICK_SIZES = ((192, 256),)
 OBJECTS = 8
 NOTES = (
-    'Medians over the samples; memory is the peak during a call over the use before '
-    'it. `preprocess` is the data preprocessor (copy to the device, normalise, pad); '
+    '`preprocess` is the data preprocessor (copy to the device, normalise, pad); '
     '`predict` is the network with its post-processing; `train` is the losses and '
     'backward to all parameters, without the optimiser. Reading and decoding images is '
-    'not part of any: see `benchmark.py dataloader`. FLOPs are two for each '
-    'multiply-add of convolutions, linear layers and attention products.'
+    'not part of any: see `benchmark.py dataloader`.'
 )
 RANDOM_NOTE = 'With untrained weights post-processing has few detections, or very many.'
 
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--images', nargs='+', metavar='PATH', help='files or folders (default: noise)')
     add(
         '--objects',
-        type=int,
+        type=parse_count,
         default=OBJECTS,
         help=f'boxes an image in training (default: {OBJECTS})',
     )
@@ -51,17 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Measure, print the table, and write the files if --out is given.
-
-    Raises:
-        OptionError: For wrong options, before anything is measured.
-    """
-    check_options(args, 'objects')
     if args.images and args.sizes:
         raise OptionError('--sizes is for noise; images have the size of the pipeline')
     if args.images and args.directions and TRAIN in args.directions:
         raise OptionError('--directions train needs noise images with ground truth')
-    options = resolve_model(args, DIRECTIONS, QUICK_SIZES if args.quick else (), (1,))
+    options = resolve_model(args, DIRECTIONS, QUICK_SIZES if args.quick else ())
     images = detector_inputs.find_images(args.images) if args.images else []
     if images and not args.directions:
         options = dataclasses.replace(options, directions=(PREPROCESS, PREDICT))
@@ -119,89 +112,43 @@ def detector_cases(
     Raises:
         OptionError: For a config without a model.
     """
-    cfg = load_detector(target, options)
-    name = build.short_name(target)
-    sizes = options.sizes or (detector_inputs.config_size(cfg),)
-    cases = []
-    config = cfg.model.to_dict()
-    for choice in build.kv_choices(config, options.kv_heads):
-        model = build.with_kv_heads(config, choice)
-        for size in [None] if images else sizes:
-            for batch in options.batch_sizes:
-                source = BatchSource(cfg, size, batch, tuple(images), objects)
-                cases.append(detector_case(name, model, source, options))
-    return cases
-
-
-def load_detector(target: str, options: ModelOptions) -> Config:
-    """The config; OptionError for one without a model."""
     cfg = build.load_config(target, options.cfg_options)
     if 'model' not in cfg:
         raise OptionError(f'config {target!r} has no model')
-    return cfg
+    sizes: Sequence[Any] = options.sizes or (detector_inputs.config_size(cfg),)
+    configs = build.along_kv_heads(cfg.model.to_dict(), options.kv_heads)
 
+    def make(config: dict[str, Any], heads: Heads | None, size: Any, batch: int):
+        source = BatchSource(cfg, size, batch, tuple(images), objects)
+        fields = {
+            'detector': build.short_name(target),
+            'kv heads': str(heads or ''),
+            'image': source.describe(),
+        }
+        make = functools.partial(build_workload, config, source, options)
+        return model_case(fields, heads, batch, options, make)
 
-def detector_case(
-    name: str, config: dict[str, Any], source: BatchSource, options: ModelOptions
-) -> Case:
-    kv_heads = build.kv_heads_text(config)
-    fields = {'detector': name, 'kv heads': kv_heads, 'image': source.describe()}
-    parts = ['detector', *filter(None, fields.values()), f'b{source.batch}']
-    return model_case(
-        '/'.join(parts), fields, source.batch, options, build_workload, config, source
-    )
+    return build.model_cases(configs, [None] if images else sizes, options, make)
 
 
 def build_workload(
     config: dict[str, Any], source: BatchSource, options: ModelOptions, backend: str
-) -> Built:
-    """The detector with its batches on the device."""
-    device, amp = options.device, options.amp_dtype
+) -> Workload:
+    """The detector with its batches on the device; noise alone has ground truth."""
     model, used = build.with_backend(config, options, backend)
+    where = model, options.device, options.amp_dtype
+    preprocess = model.data_preprocessor
     batch = source.make()
-
-    def preprocess() -> Any:
-        return model.data_preprocessor(batch, training=False)
-
-    calls = {PREPROCESS: in_mode(model, False, preprocess)}
-    data = preprocess()
-    if PREDICT in options.directions:
-        calls[PREDICT] = predict_call(model, data, device, amp)
-    if TRAIN in options.directions:
-        calls[TRAIN] = train_call(model, batch, device, amp)
-    workload = Workload(used, calls, model=model)
-    return workload, lambda: features(model, data, device, amp)
-
-
-def predict_call(model, data: dict, device, amp) -> Callable[[], Any]:
-    """Network and post-processing of a preprocessed batch."""
-
-    @torch.no_grad()
-    def predict() -> Any:
-        with autocast(device, amp):
-            return model(**data, mode='predict')
-
-    return in_mode(model, False, predict)
-
-
-def train_call(model, batch: dict, device, amp) -> Callable[[], Any]:
-    """Losses and backward; leaves no gradient behind."""
-    data = model.data_preprocessor(batch, training=True)
-
-    def train() -> Any:
-        with autocast(device, amp):
-            losses = model(**data, mode='loss')
-        loss, _ = model.parse_losses(losses)
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        return loss
-
-    return in_mode(model, True, train)
-
-
-@torch.no_grad()
-def features(model, data: dict, device, amp) -> torch.Tensor:
-    """Maps of backbone and neck: what backends are compared by."""
-    model.eval()
-    with autocast(device, amp):
-        return flat_output(lambda: model.extract_feat(data['inputs']))
+    data = preprocess(batch, training=False)
+    calls = {
+        PREPROCESS: in_mode(model, False, lambda: preprocess(batch, training=False)),
+        PREDICT: evaluation(lambda: model(**data, mode='predict'), *where),
+    }
+    if source.size is not None:
+        train_data = preprocess(batch, training=True)
+        calls[TRAIN] = training_step(
+            lambda: model.parse_losses(model(**train_data, mode='loss'))[0], *where
+        )
+    maps = evaluation(lambda: model.extract_feat(data['inputs']), *where)
+    output = functools.partial(flat_output, maps)  # of backbone and neck
+    return Workload(used, calls, output=output, model=model)

@@ -71,26 +71,16 @@ def random_batch(
     samples = []
     for index in range(batch):
         image = torch.from_numpy(generator.integers(0, 256, (3, *size), dtype=np.uint8))
-        sample = DetDataSample(metainfo=_metainfo(index, size))
+        metainfo = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), size)
+        metainfo |= dict(img_id=index, img_path='', scale_factor=(1.0, 1.0))
+        metainfo |= dict(flip=False, flip_direction=None)
+        sample = DetDataSample(metainfo=metainfo)
         sample.gt_instances = _instances(generator, size, objects, classes, with_masks)
         sample.ignored_instances = InstanceData(
             bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long)
         )
         samples.append(dict(inputs=image, data_samples=sample))
     return pseudo_collate(samples)
-
-
-def _metainfo(index: int, size: tuple[int, int]) -> dict[str, Any]:
-    return dict(
-        img_id=index,
-        img_path='',
-        img_shape=size,
-        ori_shape=size,
-        pad_shape=size,
-        scale_factor=(1.0, 1.0),
-        flip=False,
-        flip_direction=None,
-    )
 
 
 def _instances(

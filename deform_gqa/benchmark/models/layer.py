@@ -1,31 +1,33 @@
 """``benchmark.py layer``: attention modules at the shapes of a backbone's stages."""
 
 import argparse
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from mmdet.registry import MODELS
+from torch import nn
 
 from deform_gqa.archs import ARCHS, resolve_arch
 from deform_gqa.models.backbones.blocks import LETTERS
 
 from ..core.cases import FORWARD, TRAIN, Case, Workload
 from ..core.errors import OptionError
-from ..core.fields import kv_heads_text, size_text
-from ..core.kv_heads import AS_CONFIGURED, SWEEP, kv_head_count, kv_head_counts
+from ..core.fields import size_text
+from ..core.kv_heads import AS_CONFIGURED, Heads
 from ..core.options import one_of
 from ..ops.case import STAGES, stage_map
 from . import build
 from .options import ModelOptions, add_model_arguments, resolve_model
-from .report import Built, model_case, run_suite
+from .report import model_case, run_suite
 from .workload import flat_output, model_calls
 
 DESCRIPTION = 'Latency, memory, FLOPs and parameters of attention modules.'
 DIRECTIONS = (FORWARD, TRAIN)
-SIZES = ('800x1333',)
-QUICK_SIZES = ('240x320',)
+SIZES = ((800, 1333),)
+QUICK_SIZES = ((240, 320),)
 QUICK_STAGES = (2,)
 DEFAULT_LAYERS = ('DeformableGQA', 'NeighborhoodAttention')
 ARCH = 't++'
@@ -33,12 +35,10 @@ ARCH = 't++'
 TOKENS = {'MultiheadGQA': ('embed_dim', 'query_heads', 'kv_heads')}
 MAPS = ('dim', 'num_heads', 'num_kv_heads')
 NOTES = (
-    'Medians over the samples; memory is the peak during a call over the use before '
-    'it. The input is a random map (B, C, H, W) of the stage (tokens (B, H * W, C) for '
+    'The input is a random map (B, C, H, W) of the stage (tokens (B, H * W, C) for '
     'MultiheadGQA, which attends to all of them). `forward` runs in eval mode without '
     'gradients; `train` is forward in training mode and backward to the input and all '
-    'parameters, without the optimiser. FLOPs are two for each multiply-add of '
-    'convolutions, linear layers and attention products.'
+    'parameters, without the optimiser.'
 )
 
 
@@ -53,23 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f'with dim and num_heads (default: {" ".join(DEFAULT_LAYERS)}); --cfg-options '
         'are options of the type',
     )
-    add('--arch', default=ARCH, help=f'whose stages to take (default: {ARCH})')
-    add('--stages', nargs='+', type=int, help='default: 1 2 3 4')
+    stages_of = f'whose stages to take (default: {ARCH})'
+    add('--arch', type=one_of(ARCHS), default=ARCH, help=stages_of)
+    add('--stages', nargs='+', type=one_of(STAGES), help='default: 1 2 3 4')
     add_model_arguments(parser, DIRECTIONS, quick='stage 2 at 240x320')
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Measure, print the table, and write the files if --out is given.
-
-    Raises:
-        OptionError: For wrong options, before anything is measured.
-        GateError: If two backends give different outputs.
-    """
-    sizes = QUICK_SIZES if args.quick else SIZES
-    options = resolve_model(args, DIRECTIONS, sizes, (1,))
-    one_of('--arch', [args.arch], ARCHS)
+    options = resolve_model(args, DIRECTIONS, QUICK_SIZES if args.quick else SIZES)
     stages = args.stages or (QUICK_STAGES if args.quick else STAGES)
-    one_of('--stages', stages, STAGES)
     cases = layer_cases(args.layers or DEFAULT_LAYERS, args.arch, stages, options)
     heading = f'Layers of DAT-{args.arch.upper()}'
     run_suite('layer', heading, command, options, cases, NOTES)
@@ -88,89 +80,73 @@ def layer_config(
     Raises:
         OptionError: For a type that is not registered, or an option that it lacks.
     """
-    if MODELS.get(kind) is None:
-        build.register_stock_models()
-    module_class = MODELS.get(kind)
-    if module_class is None:
-        raise OptionError(f'layer {kind!r} is not registered in mmdet.registry')
     arch = resolve_arch(arch_name)
-    dim_name, heads_name, _ = option_names(kind)
+    dim_name, heads_name, kv_name = option_names(kind)
     config = {dim_name: arch['embed_dims'][stage - 1]}
     config[heads_name] = arch['num_heads'][stage - 1]
     if kind in TOKENS:
-        config[TOKENS[kind][2]] = arch['num_heads'][stage - 1]
+        config[kv_name] = arch['num_heads'][stage - 1]
     for name, arch_options in LETTERS.values():
         if name == kind:
             config |= {o: arch[key][stage - 1] for o, key in arch_options.items()}
-    unknown = sorted(set(options) - set(inspect.signature(module_class).parameters))
+    unknown = sorted(set(options) - parameters_of(kind))
     if unknown:
         raise OptionError(f'--cfg-options: {kind} takes no option {unknown[0]!r}')
     return {'type': kind, **config, **options}
 
 
-def with_kv_heads(config: dict[str, Any], choices: Sequence[str]) -> list[dict]:
-    """A copy for each number of kv heads.
+def parameters_of(kind: str) -> set[str]:
+    """What a type of layer is built with; OptionError where it is not registered."""
+    if MODELS.get(kind) is None:
+        build.register_stock_models()
+    if MODELS.get(kind) is None:
+        raise OptionError(f'layer {kind!r} is not registered in mmdet.registry')
+    return set(inspect.signature(MODELS.get(kind)).parameters)
 
-    Raises:
-        OptionError: If the type has no kv heads.
-    """
+
+def layer_slots(config: dict[str, Any]) -> list[build.Slot]:
     _, heads_name, kv_name = option_names(config['type'])
-    heads, configs = config[heads_name], []
-    for choice in choices:
-        if choice == AS_CONFIGURED:
-            configs.append(config)
-            continue
-        if kv_name not in inspect.signature(MODELS.get(config['type'])).parameters:
-            raise OptionError(f'--kv-heads {choice}: {config["type"]} has no kv heads')
-        if choice == SWEEP:
-            counts = kv_head_counts(heads, [SWEEP])
-        else:
-            counts = [kv_head_count(heads, choice)]
-        configs += [{**config, kv_name: count} for count in counts]
-    return configs
+    return [(config, kv_name, (config[heads_name],))]
 
 
 def layer_cases(
     layers: Sequence[str], arch: str, stages: Sequence[int], options: ModelOptions
 ) -> list[Case]:
-    """Every layer at every stage, number of kv heads, image size and batch size."""
-    configs = [
-        (stage, chosen)
-        for kind in layers
-        for stage in stages
-        for chosen in with_kv_heads(
-            layer_config(kind, arch, stage, options.cfg_options), options.kv_heads
-        )
-    ]
-    cases = [
-        layer_case(config, stage, size, batch, options)
-        for stage, config in configs
-        for size in options.sizes
-        for batch in options.batch_sizes
-    ]
-    return list({case.name: case for case in cases}.values())
+    """Every layer at every stage, number of kv heads, image size and batch size.
+
+    Raises:
+        OptionError: If a type that has no kv heads is asked for a number of them.
+    """
+    cases: list[Case] = []
+    for kind in dict.fromkeys(layers):
+        for number in options.kv_heads:
+            has_none = option_names(kind)[2] not in parameters_of(kind)
+            if has_none and number != AS_CONFIGURED:
+                raise OptionError(f'--kv-heads {number}: {kind} has no kv heads')
+        for stage in dict.fromkeys(stages):
+            config = layer_config(kind, arch, stage, options.cfg_options)
+            configs = build.along_kv_heads(config, options.kv_heads, layer_slots)
+            make = functools.partial(layer_case, stage, options)
+            cases += build.model_cases(configs, options.sizes, options, make)
+    return cases
 
 
 def layer_case(
-    config: dict[str, Any],
     stage: int,
+    options: ModelOptions,
+    config: dict[str, Any],
+    heads: Heads,
     size: tuple[int, int],
     batch: int,
-    options: ModelOptions,
 ) -> Case:
-    kind = config['type']
-    _, heads_name, kv_name = option_names(kind)
-    heads = config[heads_name]
-    kv_heads = config.get(kv_name) or heads
-    fields = {
-        'layer': kind,
-        'stage': stage,
-        'image': size_text(size),
-        'kv heads': kv_heads_text(kv_heads, heads),
-    }
-    name = f'layer/{kind}/stage{stage}/{fields["image"]}/kv{kv_heads}of{heads}/b{batch}'
-    grid = stage_map(size, stage)
-    return model_case(name, fields, batch, options, build_workload, config, grid, batch)
+    kind, image = config['type'], size_text(size)
+    fields = {'layer': kind, 'stage': stage, 'image': image, 'kv heads': str(heads)}
+    kv_heads = f'kv{heads.kv[0]}of{heads.query[0]}'
+    name = f'layer/{kind}/stage{stage}/{image}/{kv_heads}/b{batch}'
+    make = functools.partial(
+        build_workload, config, stage_map(size, stage), batch, options
+    )
+    return model_case(fields, heads, batch, options, make, name)
 
 
 def build_workload(
@@ -179,17 +155,30 @@ def build_workload(
     batch: int,
     options: ModelOptions,
     backend: str,
-) -> Built:
-    """The module on a random map of the stage, which takes a gradient too."""
+) -> Workload:
+    """The module on a random map of the stage."""
     model, used = build.with_backend(config, options, backend)
-    dim_name = option_names(config['type'])[0]
-    shape = (batch, config[dim_name], *grid)
-    if config['type'] in TOKENS:
-        shape = (batch, grid[0] * grid[1], config[dim_name])
+    is_map = config['type'] not in TOKENS
+    dim = config[option_names(config['type'])[0]]
+    shape = (batch, dim, *grid) if is_map else (batch, grid[0] * grid[1], dim)
+    return module_workload(model, used, options, shape, 1 if is_map else 3)
+
+
+def module_workload(
+    model: nn.Module,
+    backend: str,
+    options: ModelOptions,
+    shape: Sequence[int],
+    arguments: int = 1,
+) -> Workload:
+    """A module on random numbers, all its arguments, which take a gradient too."""
     x = torch.randn(shape, device=options.device).requires_grad_()
-    inputs = (x, x, x) if config['type'] in TOKENS else (x,)
     calls = model_calls(
-        lambda: model(*inputs), model, options.device, options.amp_dtype, inputs=[x]
+        lambda: model(*[x] * arguments),
+        model,
+        options.device,
+        options.amp_dtype,
+        inputs=[x],
     )
-    workload = Workload(used, calls, model=model)
-    return workload, lambda: flat_output(calls[FORWARD])
+    output = functools.partial(flat_output, calls[FORWARD])
+    return Workload(backend, calls, output=output, model=model)

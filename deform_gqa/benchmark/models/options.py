@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,20 @@ KV_HEADS_HELP = (
 )
 
 
+def kv_heads_choice(text: str) -> str:
+    """A share or a number."""
+    if text in KV_CHOICES or (text.isdecimal() and int(text)):
+        return text
+    names = ', '.join(KV_CHOICES)
+    raise argparse.ArgumentTypeError(f'takes {names} or a number, got {text!r}')
+
+
 def add_model_arguments(
     parser: argparse.ArgumentParser,
     directions: Sequence[str],
     quick: str,
-    kv_heads: str = KV_HEADS_HELP,
+    kv_heads: Callable[[str], str] = kv_heads_choice,
+    kv_heads_help: str = KV_HEADS_HELP,
 ) -> None:
     """Defaults of None depend on the suite and on --quick."""
     add_measure_arguments(
@@ -41,11 +50,13 @@ def add_model_arguments(
         BACKENDS,
         directions,
         quick,
+        kv_heads,
         backends=f'of our ops: {", ".join(BACKENDS)} (default: auto)',
-        kv_heads=kv_heads,
+        kv_heads=kv_heads_help,
     )
     add = parser.add_argument
-    add('--amp', metavar='D', help='autocast to fp16 or bf16 (default: none, fp32)')
+    amp = 'autocast to fp16 or bf16 (default: none, fp32)'
+    add('--amp', type=one_of(AMP_DTYPES), metavar='D', help=amp)
     add('--checkpoint', metavar='FILE', help='weights to load (default: random)')
     add_cfg_options(parser)
 
@@ -82,42 +93,30 @@ class ModelOptions(MeasureOptions):
 def resolve_model(
     args: argparse.Namespace,
     directions: Sequence[str],
-    sizes: Sequence[str],
-    batch_sizes: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    batch_sizes: Sequence[int] = (1,),
 ) -> ModelOptions:
-    """Check the arguments; the last three are what holds where none is given.
+    """The arguments; the last three are what holds where none is given.
 
     Raises:
-        OptionError: For the first wrong option.
+        OptionError: For --cfg-options that are none, and what is not there.
     """
+    if args.checkpoint is not None and not os.path.isfile(args.checkpoint):
+        raise OptionError(f'--checkpoint {args.checkpoint!r} does not exist')
     common = resolve_measure(
         args,
-        BACKENDS,
         directions,
         backends=('auto',),
         sizes=sizes,
         batch_sizes=batch_sizes,
         kv_heads=(AS_CONFIGURED,),
     )
-    if args.amp is not None:
-        one_of('--amp', [args.amp], AMP_DTYPES)
-    for choice in common['kv_heads']:
-        check_kv_heads(choice)
-    if args.checkpoint is not None and not os.path.isfile(args.checkpoint):
-        raise OptionError(f'--checkpoint {args.checkpoint!r} does not exist')
     return ModelOptions(
         **common,
         amp=args.amp,
         checkpoint=args.checkpoint,
         cfg_options=parse_cfg_options(args.cfg_options),
     )
-
-
-def check_kv_heads(choice: str) -> None:
-    """Raises OptionError for what is neither a share nor a number."""
-    if choice not in KV_CHOICES and not (choice.isdecimal() and int(choice) > 0):
-        names = ', '.join(KV_CHOICES)
-        raise OptionError(f'--kv-heads takes {names} or a number, got {choice!r}')
 
 
 def parse_cfg_options(values: Sequence[str]) -> dict[str, Any]:

@@ -7,18 +7,21 @@ and the offsets' range are the same here. What differs: the position bias is our
 theirs an MLP, and offsets are normalised by a layer norm, as in DAT.
 """
 
+import dataclasses
 import functools
 
-import torch
 from torch import nn
 
 from deform_gqa.models.layers import ChannelLayerNorm, DeformableGQA
 
 from ..core.cases import Case, Workload
+from ..core.kv_heads import Heads
 from . import build
+from .layer import module_workload
 from .options import ModelOptions
-from .workload import model_calls
+from .report import model_case
 
+NAME = 'deformable-gqa-paper'
 HEADS, HEAD_DIM, CHANNELS = 32, 64, 512
 GRID = (4, 4)
 BATCH = 4096
@@ -83,18 +86,18 @@ def subject(batch: int) -> str:
 
 
 def published_case(num_kv_heads: int, batch: int, options: ModelOptions) -> Case:
-    name = f'deformable-gqa-paper/b{batch}/kv{num_kv_heads}of{HEADS}'
+    """The layer with some of its kv heads."""
+    name = f'{NAME}/b{batch}/kv{num_kv_heads}of{HEADS}'
+    heads = Heads((HEADS,), (num_kv_heads,))
     make = functools.partial(build_workload, num_kv_heads, batch, options)
-    return Case(name, {'batch': batch}, batch, make)
+    case = model_case({'layer': NAME}, heads, batch, options, make, name)
+    return dataclasses.replace(case, subject=subject(batch))
 
 
 def build_workload(
     num_kv_heads: int, batch: int, options: ModelOptions, backend: str
 ) -> Workload:
-    """The layer on a random map, which takes a gradient too."""
-    device, amp = options.device, options.amp_dtype
-    model = PublishedDeformableGQA(num_kv_heads).to(device)
-    used = build.set_backend(model, backend, device, amp or torch.float32)
-    x = torch.randn(batch, CHANNELS, *GRID, device=device).requires_grad_()
-    calls = model_calls(lambda: model(x), model, device, amp, inputs=[x])
-    return Workload(used, calls, model=model)
+    """The layer on a random map."""
+    model = PublishedDeformableGQA(num_kv_heads).to(options.device)
+    used = build.set_backend(model, backend, options)
+    return module_workload(model, used, options, (batch, CHANNELS, *GRID))

@@ -1,63 +1,63 @@
 """What the suites of models have in common: cases to rows, tables, pictures, files."""
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from deform_gqa.profiling.environment import describe_environment
 from deform_gqa.profiling.markdown import number, records_table
 
 from ..core import figures
 from ..core.cases import Case, Workload
-from ..core.fields import Fields, split_labels
+from ..core.kv_heads import Heads
 from ..core.report import Report, Row
 from ..core.run import measure
-from ..core.tables import document, measured_cells, missing_lines, title
+from ..core.tables import document, measured_cells, missing_lines
 from ..core.writer import publish
 from .options import ModelOptions
 from .workload import Agreement
 
-# A workload, and a function to the output by which backends are compared.
-Built = tuple[Workload, Callable[[], Tensor] | None]
 _HIDDEN = ('name', 'params')  # of a case: not columns of their own
-
-
-def mm_versions() -> dict[str, str]:
-    """Of the packages that hold the models, for the report's environment."""
-    names = ('mmengine', 'mmcv', 'mmdet')
-    return {name: importlib.import_module(name).__version__ for name in names}
+_NOTES = (
+    'Medians over the samples; memory is the peak during a call over the use before '
+    'it. {} FLOPs are two for each multiply-add of convolutions, linear layers and '
+    'attention products.'
+)
 
 
 def model_case(
-    name: str,
     fields: dict[str, Any],
+    heads: Heads | None,
     batch: int,
     options: ModelOptions,
-    build: Callable[..., Built],
-    *args: Any,
+    build: Callable[[str], Workload],
+    name: str | None = None,
 ) -> Case:
-    """A case of a model.
+    """A case of a model, whose outputs with several backends are compared.
 
     Args:
-        name: Unique in the report.
         fields: What tells the case from others.
+        heads: Of its attention; None where kv heads cannot be set.
         batch: Images a call.
-        options: Of the run; several backends are compared with each other.
-        build: Called as build(*args, options, backend) for the workload and a function
-            to the output by which backends are compared, or None.
+        options: Of the run.
+        build: From a backend to the workload.
+        name: Unique in the report; by default the name of the first field, and all
+            fields.
     """
+    if name is None:
+        parts = filter(None, fields.values())
+        name = '/'.join([next(iter(fields)), *parts, f'b{batch}'])
     agreement = Agreement(name, options.amp_dtype)
 
     def build_checked(backend: str) -> Workload:
-        workload, output = build(*args, options, backend)
-        if output is not None and len(options.backends) > 1:
-            workload.check = lambda: agreement.check(workload.backend, output)
+        workload = build(backend)
+        if workload.output is not None and len(options.backends) > 1:
+            workload.check = functools.partial(
+                agreement.check, workload.backend, workload.output
+            )
         return workload
 
-    return Case(name, {**fields, 'batch': batch, 'params': None}, batch, build_checked)
+    fields = {**fields, 'batch': batch, 'params': None}
+    return Case(name, fields, batch, build_checked, heads=heads)
 
 
 def columns(cases: Sequence[dict[str, Any]]) -> list[str]:
@@ -94,22 +94,12 @@ def _record(
     }
 
 
-def labels_of(
-    cases: Sequence[dict[str, Any]], names: Sequence[str]
-) -> tuple[str, dict[str, str]]:
-    """(what all cases share, what tells each from the others by its name)."""
-    fields: list[Fields] = [{n: case.get(n, '') for n in names} for case in cases]
-    shared, labels = split_labels(fields)
-    found = (case['name'] for case in cases)
-    return shared, dict(zip(found, labels, strict=True))
-
-
 def model_figure(report: Report, heading: str):
     """Time and memory of every case by backend; something must have been measured."""
     cases = report.measured_cases()
-    shared, labels = labels_of(cases, columns(cases))
-    subject = f'{heading}: {shared}' if shared else heading
-    return figures.time_and_memory(report, labels, f'{subject}\n{title(report)}')
+    names = columns(cases)
+    fields = {case['name']: {n: case.get(n, '') for n in names} for case in cases}
+    return figures.case_figure(report, fields, heading)
 
 
 def run_suite(
@@ -120,33 +110,16 @@ def run_suite(
     cases: Sequence[Case],
     notes: str,
 ) -> None:
-    """Measure, print and write.
+    """Measure, print the table, and write the files if --out is given.
 
     Raises:
         GateError: If two backends give different outputs.
     """
-    options.use_threads()
     rows = measure([[case] for case in cases], options)
-    report = model_report(suite, command, options, cases, rows)
-    missing = missing_lines(report.rows)
-    markdown = document(report, heading, notes, model_table(report), missing)
+    described = options.describe()
+    report = Report.of(suite, command, options.device, described, cases, rows)
+    table, missing = model_table(report), missing_lines(report.rows)
+    markdown = document(report, heading, _NOTES.format(notes), table, missing)
     draw = functools.partial(model_figure, report, heading)
     pictures = {suite: draw} if report.measured_cases() else {}
     publish(suite, report.to_json(), markdown, options.out, pictures)
-
-
-def model_report(
-    suite: str,
-    command: str,
-    options: ModelOptions,
-    cases: Sequence[Case],
-    rows: list[Row],
-) -> Report:
-    return Report(
-        suite=suite,
-        command=command,
-        environment={**describe_environment(options.device), **mm_versions()},
-        options=options.describe(),
-        cases=[case.describe() for case in cases],
-        rows=rows,
-    )

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deform_gqa.profiling.module_timing import tensors_of
+
 from ..core.cases import FORWARD, TRAIN
 from ..core.errors import GateError
 
@@ -21,31 +23,53 @@ def model_calls(
     amp: torch.dtype | None,
     inputs: Sequence[Tensor] = (),
 ) -> dict[str, Callable[[], Any]]:
-    """Forward in eval mode without gradients; a training step without the optimiser.
+    """Forward, and a training step with the mean square of all outputs as the loss."""
+    where = model, device, amp
+    return {
+        FORWARD: evaluation(forward, *where),
+        TRAIN: training_step(lambda: mean_square(forward()), *where, inputs),
+    }
 
-    The step is forward in training mode, the mean square of all outputs as the loss,
-    and backward to the parameters, and to those ``inputs`` that require a gradient. It
-    leaves no gradient behind.
-    """
+
+def evaluation(
+    forward: Callable[[], Any],
+    model: nn.Module,
+    device: torch.device,
+    amp: torch.dtype | None,
+) -> Callable[[], Any]:
+    """The call in eval mode, without gradients."""
 
     @torch.no_grad()
     def evaluate() -> Any:
         with autocast(device, amp):
             return forward()
 
+    return in_mode(model, False, evaluate)
+
+
+def training_step(
+    find_loss: Callable[[], Tensor],
+    model: nn.Module,
+    device: torch.device,
+    amp: torch.dtype | None,
+    inputs: Sequence[Tensor] = (),
+) -> Callable[[], Tensor]:
+    """Forward in training mode and backward, without the optimiser.
+
+    Backward goes to the parameters, and to those ``inputs`` that require a gradient.
+    The step leaves no gradient behind.
+    """
+
     def train() -> Tensor:
         with autocast(device, amp):
-            loss = mean_square(forward())
+            loss = find_loss()
         loss.backward()
         model.zero_grad(set_to_none=True)
         for x in inputs:
             x.grad = None
         return loss
 
-    return {
-        FORWARD: in_mode(model, False, evaluate),
-        TRAIN: in_mode(model, True, train),
-    }
+    return in_mode(model, True, train)
 
 
 def in_mode(
@@ -66,17 +90,6 @@ def autocast(device: torch.device, amp: torch.dtype | None):
     if amp is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=amp)
-
-
-def tensors_of(outputs: Any) -> list[Tensor]:
-    """All floating tensors in nested outputs."""
-    if isinstance(outputs, Tensor):
-        return [outputs] if outputs.is_floating_point() else []
-    if isinstance(outputs, dict):
-        outputs = outputs.values()
-    if isinstance(outputs, (str, bytes)) or not hasattr(outputs, '__iter__'):
-        return []
-    return [tensor for output in outputs for tensor in tensors_of(output)]
 
 
 def mean_square(outputs: Any) -> Tensor:

@@ -19,7 +19,6 @@ from deform_gqa.archs import NUM_STAGES, resolve_arch
 from ..core.errors import OptionError
 from ..core.fields import Fields, kv_heads_text, size_text
 from ..core.kv_heads import kv_head_count, kv_head_counts
-from ..core.options import one_of
 
 if TYPE_CHECKING:
     from .options import OpOptions
@@ -46,14 +45,6 @@ def halved_size(size: tuple[int, int], least: int) -> tuple[int, int]:
     return height, width
 
 
-def _always_supported(*_: Any) -> None:
-    return None
-
-
-def _always_available() -> bool:
-    return True
-
-
 @dataclasses.dataclass(frozen=True)
 class Baseline:
     """Other people's code that computes an op, as it is measured beside ours.
@@ -66,8 +57,8 @@ class Baseline:
     """
 
     call: Callable[[Any], Call]
-    unsupported_reason: Callable[..., str | None] = _always_supported
-    is_available: Callable[[], bool] = _always_available
+    unsupported_reason: Callable[..., str | None] = lambda *_: None
+    is_available: Callable[[], bool] = lambda: True
     constants: tuple[str, ...] = ()
 
 
@@ -235,15 +226,13 @@ class OpCase(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def for_sweep(
-        cls,
-        stage: int,
-        size: tuple[int, int],
-        batch: int | None,
-        quick: bool,
-        cuda: bool,
-    ) -> 'OpCase':
-        """The case to measure over its kv heads; it chooses a batch of None."""
+    def for_sweep(cls, **options: Any) -> 'OpCase':
+        """The case to measure over its kv heads.
+
+        Args:
+            options: 'stage' of DAT-T++, 'size' of the image, 'batch' (None: the case
+                chooses), 'quick', and 'cuda': whether the device is a GPU.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,12 +339,8 @@ class StageCase(OpCase):
 
     @classmethod
     def for_sweep(
-        cls,
-        stage: int,
-        size: tuple[int, int],
-        batch: int | None,
-        quick: bool,
-        cuda: bool,
+        cls, *, stage: int, size: tuple[int, int], batch: int | None, **_: Any
     ) -> OpCase:
-        one_of(f'--stage of {cls.op}', [stage], cls.stages())
+        if stage not in cls.stages():
+            raise OptionError(f'{cls.op} has no case at stages {[stage]}')
         return cls.at_stage(size, stage, 1 if batch is None else batch, 'full')

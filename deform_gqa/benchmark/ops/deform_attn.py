@@ -32,7 +32,9 @@ class DeformAttnCase(StageCase):
     coordinates: ClassVar[tuple[str, ...]] = ('pos',)
     baselines: ClassVar[dict[str, Baseline]] = {
         'sdpa-bias': Baseline(lambda case: functools.partial(sdpa_deform_attn, case)),
-        'flex': flex_baseline(lambda case, attend: FlexDeformAttn(case, attend)),
+        'flex': flex_baseline(
+            lambda case, attend: functools.partial(flex_deform_attn, case, attend)
+        ),
     }
 
     offset_groups: int
@@ -104,40 +106,34 @@ def _tap(index: Tensor, size: int, pos: Tensor, table_size: int) -> Tensor:
     return (query + half / 2 * (1 - pos) + 1).clamp(0, table_size + 1)
 
 
-class FlexDeformAttn:
+def flex_deform_attn(
+    case: DeformAttnCase, attend, tensors: Mapping[str, Tensor]
+) -> Tensor:
     """deform_attn by FlexAttention; ``attend`` is its (compiled) function."""
+    return attend(
+        *(tensors[name] for name in 'qkv'),
+        score_mod=_score_mod(case, tensors['pos'], tensors['rpb_table']),
+        enable_gqa=case.num_kv_heads != case.num_heads,
+    )
 
-    def __init__(self, case: DeformAttnCase, attend):
-        self.case = case
-        self.attend = attend
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        grouped = self.case.num_kv_heads != self.case.num_heads
-        return self.attend(
-            tensors['q'],
-            tensors['k'],
-            tensors['v'],
-            score_mod=self._score_mod(tensors['pos'], tensors['rpb_table']),
-            enable_gqa=grouped,
-        )
+def _score_mod(case: DeformAttnCase, pos: Tensor, rpb_table: Tensor):
+    height, width = case.grid_size
+    table_h, table_w = case.table_size
+    group_size = case.num_heads // case.offset_groups
+    padded = F.pad(rpb_table, (1, 1, 1, 1))
+    t00, t01, t10, t11 = (padded.clone() for _ in range(4))
+    pos_y, pos_x = pos[..., 0].contiguous(), pos[..., 1].contiguous()
 
-    def _score_mod(self, pos: Tensor, rpb_table: Tensor):
-        height, width = self.case.grid_size
-        table_h, table_w = self.case.table_size
-        group_size = self.case.num_heads // self.case.offset_groups
-        padded = F.pad(rpb_table, (1, 1, 1, 1))
-        t00, t01, t10, t11 = (padded.clone() for _ in range(4))
-        pos_y, pos_x = pos[..., 0].contiguous(), pos[..., 1].contiguous()
+    def score_mod(score, b, h, n, s):
+        y = _tap(n // width, height, pos_y[b, h // group_size, s], table_h)
+        x = _tap(n % width, width, pos_x[b, h // group_size, s], table_w)
+        y0 = y.detach().floor().clamp(max=table_h)
+        x0 = x.detach().floor().clamp(max=table_w)
+        fy, fx = y - y0, x - x0
+        y0, x0 = y0.to(torch.int32), x0.to(torch.int32)
+        upper = (1 - fx) * t00[h, y0, x0] + fx * t01[h, y0, x0 + 1]
+        lower = (1 - fx) * t10[h, y0 + 1, x0] + fx * t11[h, y0 + 1, x0 + 1]
+        return score + (1 - fy) * upper + fy * lower
 
-        def score_mod(score, b, h, n, s):
-            y = _tap(n // width, height, pos_y[b, h // group_size, s], table_h)
-            x = _tap(n % width, width, pos_x[b, h // group_size, s], table_w)
-            y0 = y.detach().floor().clamp(max=table_h)
-            x0 = x.detach().floor().clamp(max=table_w)
-            fy, fx = y - y0, x - x0
-            y0, x0 = y0.to(torch.int32), x0.to(torch.int32)
-            upper = (1 - fx) * t00[h, y0, x0] + fx * t01[h, y0, x0 + 1]
-            lower = (1 - fx) * t10[h, y0 + 1, x0] + fx * t11[h, y0 + 1, x0 + 1]
-            return score + (1 - fy) * upper + fy * lower
-
-        return score_mod
+    return score_mod

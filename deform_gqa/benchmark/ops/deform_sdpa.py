@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.fields import Fields, size_text
 from ..core.kv_heads import kv_head_counts
-from ..core.options import check_options, parse_size, unique
+from ..core.options import parse_count, parse_size, unique
 from . import published_sdpa
 from .case import HEAD_DIM, Baseline, OpCase, Spec, halved_size
 
@@ -124,22 +124,18 @@ class DeformSdpaCase(OpCase):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         for name, text in _LISTS.items():
-            kind = {} if name == 'maps' else {'type': int}
-            parser.add_argument(
-                f'--{name}', nargs='+', help=f'{cls.op}: {text}', **kind
-            )
+            kind = parse_size if name == 'maps' else parse_count
+            text = f'{cls.op}: {text}'
+            parser.add_argument(f'--{name}', nargs='+', type=kind, help=text)
 
     @classmethod
     def resolve_options(cls, args: argparse.Namespace) -> 'SdpaSweep':
         """The default sweep if no option sets a list of its own."""
-        check_options(args, 'heads', 'views', 'points')
         given: dict[str, Any] = {
             name: unique(getattr(args, name))
             for name in _LISTS
             if getattr(args, name) is not None
         }
-        if 'maps' in given:
-            given['maps'] = unique(parse_size(x, '--maps') for x in given['maps'])
         if given:
             given['with_ends'] = False
         if args.batch_sizes is not None:
@@ -153,14 +149,7 @@ class DeformSdpaCase(OpCase):
         return sdpa_cases(options.own[cls.op], options.kv_heads)
 
     @classmethod
-    def for_sweep(
-        cls,
-        stage: int,
-        size: tuple[int, int],
-        batch: int | None,
-        quick: bool,
-        cuda: bool,
-    ) -> OpCase:
+    def for_sweep(cls, *, batch: int | None, quick: bool, **_: Any) -> OpCase:
         shape = QUICK_GROUP_SWEEP if quick else GROUP_SWEEP
         if batch is not None:
             shape = dataclasses.replace(shape, batch_sizes=(batch,))

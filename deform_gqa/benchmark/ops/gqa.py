@@ -51,14 +51,7 @@ class DecodingCase(OpCase):
         return {}
 
     @classmethod
-    def for_sweep(
-        cls,
-        stage: int,
-        size: tuple[int, int],
-        batch: int | None,
-        quick: bool,
-        cuda: bool,
-    ) -> OpCase:
+    def for_sweep(cls, *, batch: int | None, cuda: bool, **_: Any) -> OpCase:
         return cls(
             batch=batch or (PAPER_BATCH if cuda else CPU_BATCH),
             num_heads=HEADS,

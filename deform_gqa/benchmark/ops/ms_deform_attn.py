@@ -213,14 +213,7 @@ class MsDeformAttnCase(OpCase):
         )
 
     @classmethod
-    def for_sweep(
-        cls,
-        stage: int,
-        size: tuple[int, int],
-        batch: int | None,
-        quick: bool,
-        cuda: bool,
-    ) -> OpCase:
+    def for_sweep(cls, *, size: tuple[int, int], batch: int | None, **_: Any) -> OpCase:
         return cls.at_size(size, None, 1 if batch is None else batch, 'full')
 
 

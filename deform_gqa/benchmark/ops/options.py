@@ -10,7 +10,6 @@ from ..core.options import (
     MeasureOptions,
     add_measure_arguments,
     one_of,
-    parse_device,
     resolve_measure,
 )
 from .backends import BACKENDS, default_backends
@@ -18,18 +17,21 @@ from .case import STAGES
 from .registry import OP_CASES
 from .workload import DIRECTIONS
 
-IMAGE_SIZES = ('800x1333', '224x224')
+IMAGE_SIZES = ((800, 1333), (224, 224))
 KV_HEADS = (*SHARES, SWEEP)
-QUICK = dict(sizes=('240x320',), stages=(1, 2), batch_sizes=(1,), kv_heads=('full',))
+QUICK = dict(sizes=((240, 320),), stages=(1, 2), batch_sizes=(1,), kv_heads=('full',))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Defaults of None depend on the device and on --quick."""
     add = parser.add_argument
     names = ', '.join(OP_CASES)
-    add('ops', nargs='*', metavar='NAMES', help=f'of {names} (default: all)')
-    add('--dtype', help='fp32, fp16 or bf16 (default: bf16 on CUDA, fp32 on a CPU)')
-    add('--stages', nargs='+', type=int, help='of DAT-T++ (default: 1 2 3 4)')
+    names = f'of {names} (default: all)'
+    add('ops', nargs='*', type=one_of(OP_CASES), metavar='NAMES', help=names)
+    dtypes = 'fp32, fp16 or bf16 (default: bf16 on CUDA, fp32 on a CPU)'
+    add('--dtype', type=one_of(DTYPES), help=dtypes)
+    stages = 'of DAT-T++ (default: 1 2 3 4)'
+    add('--stages', nargs='+', type=one_of(STAGES), help=stages)
     for case in OP_CASES.values():
         case.add_arguments(parser)
     add('--gate-only', action='store_true', help='compare with naive, time nothing')
@@ -38,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         BACKENDS,
         DIRECTIONS,
         'small maps',
-        sizes=f'images in pixels (default: {" ".join(IMAGE_SIZES)})',
+        one_of(KV_HEADS),
+        sizes='images in pixels (default: 800x1333 224x224)',
         batch_sizes='images a call (default: 1 2 8 on CUDA, 1 on a CPU; 2 for '
         'deform_sdpa)',
         kv_heads='full, half, one of the query heads, or sweep: all, halves down to '
@@ -67,13 +70,11 @@ class OpOptions(MeasureOptions):
 
 
 def resolve(args: argparse.Namespace) -> OpOptions:
-    """Check the arguments and fill the defaults in.
-
-    Raises:
-        OptionError: For the first wrong option.
-    """
-    cuda = parse_device(args.device).type == 'cuda'
+    """The arguments, with the defaults of this device."""
+    cuda = args.device.type == 'cuda'
     defaults: dict[str, Any] = dict(
+        ops=tuple(OP_CASES),
+        backends=default_backends(),
         sizes=IMAGE_SIZES,
         stages=STAGES,
         batch_sizes=(1, 2, 8) if cuda else (1,),
@@ -81,17 +82,9 @@ def resolve(args: argparse.Namespace) -> OpOptions:
     )
     if args.quick:
         defaults |= QUICK
-    stages = defaults.pop('stages')
-    dtype = args.dtype or ('bf16' if cuda else 'fp32')
-    common = resolve_measure(
-        args, BACKENDS, DIRECTIONS, backends=default_backends(), **defaults
-    )
-    one_of('--kv-heads', common['kv_heads'], KV_HEADS)
     return OpOptions(
-        **common,
-        ops=one_of('op', args.ops or OP_CASES, OP_CASES),
-        dtype=one_of('--dtype', [dtype], DTYPES)[0],
-        stages=one_of('--stages', args.stages or stages, STAGES),
+        **resolve_measure(args, DIRECTIONS, **defaults),
+        dtype=args.dtype or ('bf16' if cuda else 'fp32'),
         own={op: case.resolve_options(args) for op, case in OP_CASES.items()},
         gate_only=args.gate_only,
     )

@@ -7,7 +7,7 @@ from typing import Any
 from deform_gqa.profiling.markdown import number, records_table
 
 from ..core import figures
-from ..core.fields import Fields, size_text, split_labels
+from ..core.fields import size_text
 from ..core.report import Report, Row
 from ..core.tables import (
     REFERENCE,
@@ -15,7 +15,6 @@ from ..core.tables import (
     measured_cells,
     missing_lines,
     ratio,
-    title,
 )
 from .case import StageCase
 from .registry import OP_CASES
@@ -103,39 +102,29 @@ def totals(report: Report, op: str) -> list[dict[str, Any]]:
     Sums layers times medians over the stages; one entry per image size, batch, share
     of kv heads, direction and backend. Nothing for an op of no stage.
     """
-    case_class = OP_CASES[op]
-    if not issubclass(case_class, StageCase):
+    if not issubclass(OP_CASES[op], StageCase):
         return []
     groups: dict[tuple, list[tuple[dict, Row]]] = {}
     for case, row in _rows_of(report, op):
-        for share in _kv_shares(case):
-            values = (tuple(case['image_size']), case['batch'], share)
-            key = (*values, row.direction, row.backend)
-            groups.setdefault(key, []).append((case, row))
+        heads = case['num_heads']  # 'half' and 'one' may be the same number
+        for share, count in {'full': heads, 'half': heads // 2, 'one': 1}.items():
+            if count == case['num_kv_heads'] and row.timing is not None:
+                key = (tuple(case['image_size']), case['batch'], share)
+                key += (row.direction, row.backend)
+                groups.setdefault(key, []).append((case, row))
     names = ('image_size', 'batch', 'kv_heads', 'direction', 'backend')
     return [
-        dict(zip(names, key, strict=True), **_sum(members))
+        dict(
+            zip(names, key, strict=True),
+            layers=sum(case['layers'] for case, _ in members),
+            ms=sum(case['layers'] * row.timing.median_ms for case, row in members),
+            roofline_ms=sum(
+                case['layers'] * (row.least_us or 0.0) / 1e3 for case, row in members
+            ),
+        )
         for key, members in groups.items()
-        if {case['stage'] for case, _ in members} == set(case_class.stages())
-        and all(row.timing is not None for _, row in members)
+        if {case['stage'] for case, _ in members} == set(OP_CASES[op].stages())
     ]
-
-
-def _kv_shares(case: dict) -> list[str]:
-    """'half' and 'one' may be the same number of heads."""
-    heads, kv_heads = case['num_heads'], case['num_kv_heads']
-    shares = {'full': heads, 'half': heads // 2, 'one': 1}
-    return [name for name, count in shares.items() if count == kv_heads]
-
-
-def _sum(members: list[tuple[dict, Row]]) -> dict[str, float]:
-    return dict(
-        layers=sum(case['layers'] for case, _ in members),
-        ms=sum(case['layers'] * row.timing.median_ms for case, row in members),
-        roofline_ms=sum(
-            case['layers'] * (row.least_us or 0.0) / 1e3 for case, row in members
-        ),
-    )
 
 
 def totals_table(report: Report, op: str) -> str | None:
@@ -180,8 +169,5 @@ def op_figure(report: Report, op: str):
     cases = [case for case in report.measured_cases() if case['op'] == op]
     if not cases:
         raise ValueError(f'nothing was measured of {op}')
-    fields: list[Fields] = [OP_CASES[op].fields(case) for case in cases]
-    shared, labels = split_labels(fields)
-    names = {c['name']: label for c, label in zip(cases, labels, strict=True)}
-    heading = f'{op}: {shared}\n{title(report)}'
-    return figures.time_and_memory(report, names, heading)
+    fields = {case['name']: OP_CASES[op].fields(case) for case in cases}
+    return figures.case_figure(report, fields, op)

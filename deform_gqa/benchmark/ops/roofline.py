@@ -67,31 +67,6 @@ PEAKS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Roofline:
-    """Least times of one call by limit, in microseconds."""
-
-    exp_us: float
-    tensor_us: float
-    memory_us: float
-
-    def by_limit(self) -> dict[str, float]:
-        return {
-            'exp': self.exp_us,
-            'tensor': self.tensor_us,
-            'memory': self.memory_us,
-        }
-
-    @property
-    def us(self) -> float:
-        return max(self.by_limit().values())
-
-    @property
-    def limit(self) -> str:
-        times = self.by_limit()
-        return max(times, key=times.__getitem__)
-
-
 def _bytes(case: OpCase, dtype: torch.dtype, direction: str) -> int:
     sizes = case.input_bytes(dtype)
     inputs, out = sum(sizes.values()), case.output_bytes(dtype)
@@ -133,10 +108,10 @@ def count_work(case: OpCase, dtype: torch.dtype, direction: str) -> Work:
     )
 
 
-def roofline(work: Work, dtype: torch.dtype, peaks: Peaks) -> Roofline:
-    """Least times of ``work`` on a device."""
-    return Roofline(
-        exp_us=work.exps / peaks.exps * 1e6,
-        tensor_us=work.flops / peaks.flops(dtype) * 1e6,
-        memory_us=work.bytes / peaks.bytes * 1e6,
-    )
+def roofline(work: Work, dtype: torch.dtype, peaks: Peaks) -> dict[str, float]:
+    """Least times of ``work`` on a device by limit, in microseconds."""
+    return {
+        'exp': work.exps / peaks.exps * 1e6,
+        'tensor': work.flops / peaks.flops(dtype) * 1e6,
+        'memory': work.bytes / peaks.bytes * 1e6,
+    }

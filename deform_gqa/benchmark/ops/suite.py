@@ -5,9 +5,7 @@ import dataclasses
 import functools
 from typing import Any
 
-import torch
-
-from deform_gqa.profiling.environment import describe_environment
+from deform_gqa.profiling.environment import device_name
 
 from ..core.cases import Case, Workload
 from ..core.errors import GateError
@@ -36,7 +34,6 @@ def run(args: argparse.Namespace, command: str) -> None:
         GateError: If a backend computes wrongly; nothing is reported then.
     """
     options = resolve(args)
-    options.use_threads()
     gate = Gate(options.device, DTYPES[options.dtype])
     cases = [
         op_case(case, options, gate)
@@ -46,14 +43,9 @@ def run(args: argparse.Namespace, command: str) -> None:
     if options.gate_only:
         print(f'{check(cases, options)} comparisons with naive passed')
         return
-    report = Report(
-        suite='op',
-        command=command,
-        environment=describe_environment(options.device),
-        options=options.describe(),
-        cases=[case.describe() for case in cases],
-        rows=in_order(measure([[case] for case in cases], options), cases, options),
-    )
+    rows = in_order(measure([[case] for case in cases], options), cases, options)
+    described = options.describe()
+    report = Report.of('op', command, options.device, described, cases, rows)
     pictures = op_pictures(report)
     publish('op', report.to_json(), op_markdown(report), options.out, pictures)
 
@@ -100,12 +92,7 @@ def op_case(case: OpCase, options: OpOptions, gate: Gate) -> Case:
         fields: dict[str, Any] = {'work': dataclasses.asdict(work)}
         peaks = PEAKS.get(device_name(device))
         if peaks is not None:
-            fields['roofline_us'] = roofline(work, dtype, peaks).by_limit()
+            fields['roofline_us'] = roofline(work, dtype, peaks)
         return fields
 
     return Case(case.name, case.describe(), case.batch, build, row_fields)
-
-
-def device_name(device: torch.device) -> str:
-    """Name by which the peaks of a GPU are known."""
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'

@@ -20,9 +20,9 @@ def test_deadline(monkeypatch, limit_s, past):
 )
 def test_quick_takes_one_thread_and_less_time(quick, threads, found, seconds):
     parser = argparse.ArgumentParser()
-    options.add_measure_arguments(parser, ['naive'], ['forward'], 'little')
+    options.add_measure_arguments(parser, ['naive'], ['forward'], 'little', str)
     args = parser.parse_args(['--device', 'cpu'])
     args.quick, args.threads = quick, threads
     defaults = dict(backends=['naive'], sizes=[], batch_sizes=[], kv_heads=[])
-    fields = options.resolve_measure(args, ['naive'], ['forward'], **defaults)
+    fields = options.resolve_measure(args, ['forward'], **defaults)
     assert (fields['threads'], fields['sampling'].min_time_s) == (found, seconds)

@@ -29,7 +29,7 @@ def run(tool, tmp_path, *argv):
     [
         ('no.py', "config file 'no.py' does not exist"),
         ('configs/_base_/default_runtime.py', 'has no model'),
-        (f'{RETINANET} --objects 0', '--objects must be positive, got 0'),
+        (f'{RETINANET} --objects 0', '--objects: must be positive, got 0'),
         (f'{RETINANET} --images no.png', "--images 'no.png' does not exist"),
         (f'{RETINANET} --images configs', '--images configs: no image found'),
         (f'{RETINANET} --images configs --sizes 8x8', '--sizes is for noise'),

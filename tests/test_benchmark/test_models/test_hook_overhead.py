@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from deform_gqa.benchmark.models.hook_overhead import Block, schedule, summarize
+from deform_gqa.benchmark.models.hook_overhead import schedule, summarize
 
 CONFIG = """
 custom_imports = dict(imports=['napping_training'])
@@ -21,11 +21,11 @@ default_scope = 'mmengine'
     ('options', 'message'),
     [
         ('--interval 2', '--interval must be at least 3, got 2'),
-        ('--interval -5', '--interval must be positive, got -5'),
-        ('--pairs 0', '--pairs must be positive, got 0'),
-        ('--threads 0', '--threads must be positive, got 0'),
+        ('--interval -5', '--interval: must be positive, got -5'),
+        ('--pairs 0', '--pairs: must be positive, got 0'),
+        ('--threads 0', '--threads: must be positive, got 0'),
         ('no.py', "config file 'no.py' does not exist"),
-        ('--out setup.cfg', "--out 'setup.cfg' cannot be a folder"),
+        ('--out setup.cfg', "--out: 'setup.cfg' cannot be a folder"),
     ],
 )
 def test_wrong_options(benchmark_tool, capsys, options, message):
@@ -42,18 +42,18 @@ def test_schedule():
 def test_summary():
     plain, sampled = [10.0] * 4, [14.0, 10.0, 10.0, 10.0]
     blocks = [
-        Block(False, plain, plain),
-        Block(True, sampled, plain),
-        Block(True, sampled, plain),
-        Block(False, [2 * x for x in plain], plain),
+        dict(with_hook=on, wall_ms=times, cpu_ms=plain)
+        for on, times in zip(
+            schedule(2), (plain, sampled, sampled, [20.0] * 4), strict=True
+        )
     ]
-    wall = summarize(blocks, 4)['wall']
+    wall = summarize(blocks)['wall']
     assert wall['iteration_ms'] == 15
     assert wall['samples']['median'] == pytest.approx(0.1)
     assert wall['blocks']['median'] == pytest.approx((0.1 - 0.45) / 2)
     assert wall['noise']['median'] == pytest.approx(1.0)
-    assert summarize(blocks, 4)['cpu']['samples']['median'] == 0
-    assert summarize(blocks[:2], 4)['wall']['noise'] is None
+    assert summarize(blocks)['cpu']['samples']['median'] == 0
+    assert summarize(blocks[:2])['wall']['noise'] is None
 
 
 def test_tiny_run(benchmark_tool, capsys, tmp_path, monkeypatch):

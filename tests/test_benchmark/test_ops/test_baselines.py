@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -5,9 +7,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from deform_gqa.benchmark.core.errors import GateError
 from deform_gqa.benchmark.ops import backends
 from deform_gqa.benchmark.ops.case import StageCase
-from deform_gqa.benchmark.ops.deform_attn import FlexDeformAttn
+from deform_gqa.benchmark.ops.deform_attn import flex_deform_attn
 from deform_gqa.benchmark.ops.deform_sdpa import QUICK_SWEEP, sdpa_cases
-from deform_gqa.benchmark.ops.gate import Gate
+from deform_gqa.benchmark.ops.gate import Gate, errors_of
 from deform_gqa.benchmark.ops.neighborhood_attn import FlexNeighborhoodAttn
 from deform_gqa.benchmark.ops.registry import OP_CASES
 
@@ -30,6 +32,16 @@ def test_gate_in_low_precision(op, dtype):
     gate = Gate(CPU, dtype)
     gate.max_pairs = 30_000
     gate.check(CASES[op].at_stage((800, 1333), 2, 1, 'half'), 'torch')
+
+
+def test_gate_where_a_query_has_one_key():
+    """Its gradients of q, k and the bias are zero, but for rounding."""
+    case = CASES['deform_attn'].at_stage((8, 8), 1, 2, 'full')
+    assert case.keys_per_query == 1
+    Gate(CPU, torch.float32).check(case, 'torch')
+    reference = {'out': torch.ones(2, 2).double(), 'grad_q': torch.zeros(2)}
+    wrong = {'out': torch.ones(2, 2), 'grad_q': torch.full((2,), -1e-3)}
+    assert errors_of(wrong, reference) == {'out': 0, 'grad_q': pytest.approx(1e-3)}
 
 
 @pytest.mark.parametrize('fault', ['scale', 'nan', 'grad'])
@@ -56,7 +68,10 @@ def test_gate_stops_what_is_wrong(monkeypatch, fault):
 
 @pytest.mark.parametrize(
     ('op', 'baseline'),
-    [('deform_attn', FlexDeformAttn), ('neighborhood_attn', FlexNeighborhoodAttn)],
+    [
+        ('deform_attn', lambda *args: functools.partial(flex_deform_attn, *args)),
+        ('neighborhood_attn', FlexNeighborhoodAttn),
+    ],
 )
 # Uncompiled, it warns of being slow.
 @pytest.mark.filterwarnings('ignore:flex_attention called without')

@@ -24,6 +24,19 @@ def test_json_round_trip(tmp_path):
     assert 'samples_ms' not in record['rows'][2]
 
 
+def test_a_picture_that_fails_leaves_the_files_of_before(tmp_path):
+    pytest.importorskip('matplotlib')
+
+    def fail():
+        raise RuntimeError('no picture')
+
+    publish('op', {}, 'old', str(tmp_path), {})
+    with pytest.raises(RuntimeError, match='no picture'):
+        publish('op', {'new': True}, 'new', str(tmp_path), {'a': fail})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['op.json', 'op.md']
+    assert (tmp_path / 'op.md').read_text() == 'old'
+
+
 def test_other_formats_are_refused(tmp_path):
     (tmp_path / 'x.json').write_text('{"format_version": 99}')
     with pytest.raises(ValueError, match='format version 99, expected 1'):

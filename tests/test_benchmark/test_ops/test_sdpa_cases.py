@@ -74,7 +74,8 @@ def test_grouped_heads_divide_what_is_gathered():
     assert full.gathered_bytes == 32 * one.gathered_bytes
     assert full.pairs == one.pairs
     peaks = [roofline(work, torch.float32, H100) for work in (full, one)]
-    assert peaks[0].us >= peaks[1].us > 0
+    full_us, one_us = (max(times.values()) for times in peaks)
+    assert full_us >= one_us > 0
 
 
 def test_inputs():

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from deform_gqa.benchmark.core.report import Report
-from deform_gqa.benchmark.data.report import dataloader_figure
+from deform_gqa.benchmark.dataloader import dataloader_figure
 from deform_gqa.datasets.shapes import generate_dataset
 from deform_gqa.datasets.shapes_config import ShapesConfig
 
@@ -34,11 +34,11 @@ def options_for(folder: Path) -> list[str]:
     [
         ('no.py', "config file 'no.py' does not exist"),
         (f'{CONFIG} --split all', "--split: unknown 'all'; there are train, val, test"),
-        (f'{CONFIG} --workers -1', '--workers must be 0 or more, got -1'),
-        (f'{CONFIG} --batch-sizes 0', '--batch-sizes must be positive, got 0'),
-        (f'{CONFIG} --batches 0', '--batches must be positive, got 0'),
-        (f'{CONFIG} --images 0', '--images must be positive, got 0'),
-        (f'{CONFIG} --out setup.cfg', "--out 'setup.cfg' cannot be a folder"),
+        (f'{CONFIG} --workers -1', '--workers: must be 0 or more, got -1'),
+        (f'{CONFIG} --batch-sizes 0', '--batch-sizes: must be positive, got 0'),
+        (f'{CONFIG} --batches 0', '--batches: must be positive, got 0'),
+        (f'{CONFIG} --images 0', '--images: must be positive, got 0'),
+        (f'{CONFIG} --out setup.cfg', "--out: 'setup.cfg' cannot be a folder"),
         ('configs/_base_/default_runtime.py', 'has no train_dataloader'),
     ],
 )

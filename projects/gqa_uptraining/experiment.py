@@ -59,7 +59,11 @@ def main() -> None:
     rows, split = (
         (plan(), 'test') if args.command == 'run' else (selection_rows(), 'val')
     )
-    rows = [row for row in rows if re.search(args.rows, row.name)]
+    rows = [
+        row
+        for row in rows
+        if re.search(args.rows, row.training if split == 'val' else row.name)
+    ]
     run_rows(experiment, rows, split, wait=not args.no_wait)
 
 
@@ -79,11 +83,11 @@ def run_if_free(experiment: Experiment, row: Row, split: str) -> bool:
     """Runs a row unless another process does or its base is missing."""
     if not experiment.is_ready(row):
         return False
-    with _lock(experiment.work_dir / 'locks' / row.name) as free:
+    with _lock(experiment.work_dir / 'locks' / row.training) as free:
         # another process may have finished it in the meantime
         if not free or experiment.result_file(row, split).exists():
             return False
-        print(f'{row.name}: {row.iters} iterations', flush=True)
+        print(f'{row.training}: {row.iters} iterations', flush=True)
         experiment.run(row, split)
     return True
 

@@ -85,14 +85,14 @@ def test_kv_heads_divide_the_query_heads():
         assert not any(q % k for q, k in zip(QUERY_HEADS, kv_heads, strict=True))
 
 
-def test_selection_keeps_its_rows_apart(experiment):
-    names = {row.name for row in selection_rows()}
-    assert {
-        'seed0_one_mean_0.05_lr0.001',
-        f'seed0_one_{DISTILLED}_0.05_weight3',
-    } <= names
-    test, val = (experiment.result_file(MEAN, split) for split in ('test', 'val'))
-    assert val.parent == test.parent / 'selection'
+def test_another_choice_is_another_training(experiment):
+    rows = selection_rows()
+    assert len({experiment.folder(row) for row in rows}) == len(rows)
+    assert len({experiment.result_file(row, 'val') for row in rows}) == len(rows)
+    assert rows[0].training == 'seed0_one_mean_0.05_lr0.0001'
+    assert rows[-1].training == f'seed0_one_{DISTILLED}_0.05_lr0.0003_weight3'
+    # results of the plan are not overwritten
+    assert not {r.name for r in plan()} & {r.training for r in rows}
 
 
 # Configs
@@ -160,7 +160,7 @@ def test_rows_wait_for_their_base_and_run_once(tmp_path):
 
 def test_rows_of_another_process_are_left_to_it(tmp_path, monkeypatch):
     recorder = Recorder(tmp_path)
-    with command._lock(recorder.work_dir / 'locks' / base_row(0).name) as free:
+    with command._lock(recorder.work_dir / 'locks' / base_row(0).training) as free:
         assert free
         command.run_rows(recorder, [base_row(0), base_row(1)], 'test', wait=False)
         assert recorder.ran == [base_row(1)]
@@ -169,7 +169,7 @@ def test_rows_of_another_process_are_left_to_it(tmp_path, monkeypatch):
         recorder.run(base_row(0))
 
     monkeypatch.setattr(command.time, 'sleep', other_process_ends)
-    with command._lock(recorder.work_dir / 'locks' / base_row(0).name):
+    with command._lock(recorder.work_dir / 'locks' / base_row(0).training):
         command.run_rows(recorder, [base_row(0)], 'test')
     assert recorder.ran == [base_row(1), base_row(0)]
 

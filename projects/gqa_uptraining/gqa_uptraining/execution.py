@@ -45,11 +45,12 @@ class Experiment:
     # What there is
 
     def result_file(self, row: Row, split: str = 'test') -> Path:
-        folder = self.results if split == 'test' else self.results / 'selection'
-        return folder / f'{row.name}.json'
+        if split == 'val':
+            return self.results / 'selection' / f'{row.training}.json'
+        return self.results / f'{row.name}.json'
 
     def folder(self, row: Row) -> Path:
-        name = 'base' if row.method == 'multi-head' else row.name
+        name = 'base' if row.method == 'multi-head' else row.training
         return self.work_dir / f'seed{row.seed}' / name
 
     def checkpoint(self, row: Row) -> Path:

@@ -41,13 +41,14 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Name of the row's files."""
-        name = f'seed{self.seed}_{self.kv_heads}_{self.method}_{self.alpha:g}'
-        if self.lr != UPTRAINING_LR:
-            name += f'_lr{self.lr:g}'
-        if self.weight != DISTILLATION_WEIGHT:
-            name += f'_weight{self.weight:g}'
-        return name
+        """Name of the row's result."""
+        return f'seed{self.seed}_{self.kv_heads}_{self.method}_{self.alpha:g}'
+
+    @property
+    def training(self) -> str:
+        """Name with the options that were chosen: another choice, another training."""
+        name = f'{self.name}_lr{self.lr:g}'
+        return f'{name}_weight{self.weight:g}' if self.method == DISTILLED else name
 
     @property
     def merge(self) -> str:

@@ -85,7 +85,18 @@ def _option(attribute):
 
 @functools.cache
 def _instance_of_both(new: type, old: type) -> type:
-    return type(new.__name__, (new, old), dict(__doc__=new.__doc__))
+    members = dict(__doc__=new.__doc__, __reduce__=_reduce)
+    return type(new.__name__, (new, old), members)
+
+
+def _reduce(module: nn.Module):
+    """For pickle, which finds no class that is made at run time."""
+    return _unpickled, type(module).__bases__, module.__dict__
+
+
+def _unpickled(new: type, old: type) -> nn.Module:
+    cls = _instance_of_both(new, old)
+    return cls.__new__(cls)
 
 
 def _copy_weights(name: str, old: nn.Module, new: nn.Module) -> None:

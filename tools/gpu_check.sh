@@ -138,7 +138,7 @@ run_sanitizer() {
             env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "$PYTHON" tools/benchmark.py op deform_attn deform_sdpa \
-            neighborhood_attn --device cuda --dtype bf16 --gate-only --backends triton --batch-sizes 1 \
+            neighborhood_attn ms_deform_attn --device cuda --dtype bf16 --gate-only --backends triton --batch-sizes 1 \
             --sizes 60x92 --stages 1 2 --kv-heads full \
             --maps 7x9 --heads 4 --views 2 --points 3
     done
@@ -156,7 +156,7 @@ pack() {
 clean() {
     local name
     for name in device tests_{deform_attn,others} sanitizer_{memcheck,racecheck} \
-        deform_attn{_peers,} deform_sdpa_{fp32,bf16} neighborhood_attn \
+        deform_attn{_peers,} deform_sdpa_{fp32,bf16} neighborhood_attn ms_deform_attn \
         backbone{,_224} breakdown layer detector gqa_sweep_{deform_sdpa,deform_attn}; do
         rm -rf "${OUT:?}/$name" "$OUT/$name.log" "$OUT/$name.xml"
     done
@@ -193,6 +193,8 @@ for dtype in fp32 bf16; do
 done
 suite neighborhood_attn 45 op neighborhood_attn --dtype bf16 --sizes 800x1333 \
     --batch-sizes 2 --kv-heads full one
+suite ms_deform_attn 45 op ms_deform_attn --dtype bf16 --sizes 800x1333 \
+    --batch-sizes 2 --kv-heads full one --backends naive triton mmcv
 model_suites
 for target in deform_sdpa deform_attn; do
     suite "gqa_sweep_$target" 25 gqa-sweep "$target" --amp bf16

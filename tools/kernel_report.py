@@ -12,7 +12,8 @@ kernels; the counts per pair are instructions of the inner loop for one (query, 
 head) pair, at stage 1 on an 800 x 1333 image; where it multiplies the head dimensions
 in parts, those loops count once. A second deform_attn_dkdv_kernel is the launch for the
 gradients of the bias. Table 'points': deform_sdpa's loop over points, for a lane and
-for one (query, point, head).
+for one (query, point, head). Table 'samples': ms_deform_attn, for a sample of a head,
+and beside it msda-triton where MSDA_TRITON names a folder that it is installed in.
 
 ``--compare`` compiles nothing and fails if a kernel got more registers, spills or
 instructions.
@@ -23,10 +24,10 @@ import pathlib
 
 import torch
 
-from deform_gqa.inspect import aot, layer_table, sdpa_report
+from deform_gqa.inspect import aot, layer_table, ms_deform_report, sdpa_report
 from deform_gqa.inspect.representative import attention, neighborhood, sampling
 
-TABLES = ('layers', 'kernels', 'points')
+TABLES = ('layers', 'kernels', 'points', 'samples')
 HEADER = (
     f'{"kernel":27} {"sm":>3} {"D":>4} {"dtype":>9} {"registers":>9} {"spills_B":>8} '
     f'{"shared_KiB":>10} {"mma":>4} {"per pair":>8}  of these'
@@ -111,6 +112,8 @@ def main() -> int:
         print_kernels(args)
     if 'points' in args.tables:
         sdpa_report.print_table(args.arch, args.head_dim, dtypes)
+    if 'samples' in args.tables:
+        ms_deform_report.print_table(args.arch, dtypes)
     return 0
 
 

@@ -56,6 +56,7 @@ def test_what_gpu_check_runs_is_compiled(tool):
     assert {suite[0] for suite in suites if suite} >= {
         'deform_attn',
         'deform_sdpa',
+        'ms_deform_attn',
         'neighborhood_attn',
     }
 

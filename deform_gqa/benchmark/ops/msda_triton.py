@@ -1,9 +1,10 @@
 """The kernels of msda-triton as a baseline of ms_deform_attn, from a user's folder.
 
-They are those of the public repository rziga/msda-triton, in whose folder ``src`` the
-module ``msda_triton.frontend`` holds ``triton_multiscale_deformable_attention(img,
-img_shapes, sampling_points, attention_weights, padding_mode, align_corners)``. No part
-of it is here.
+They are those of the public repository rziga/msda-triton, whose module
+``msda_triton.frontend`` holds ``triton_multiscale_deformable_attention(img, img_shapes,
+sampling_points, attention_weights, padding_mode, align_corners)``. No part of it is
+here. The folder is one that pip has installed it into (with ``--target``), as it reads
+the metadata of its installation.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,6 @@ COPY = UserCopy(
     'MSDA_TRITON',
     'msda_triton.frontend',
     'triton_multiscale_deformable_attention',
-    root='src',
 )
 
 

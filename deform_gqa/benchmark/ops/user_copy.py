@@ -21,13 +21,11 @@ class UserCopy:
         variable: Of the environment: names the folder with the copy.
         module: That holds the function.
         function: Its name.
-        root: Below the folder, where the module's package lies.
     """
 
     variable: str
     module: str
     function: str
-    root: str = ''
 
     @property
     def folder(self) -> Path | None:
@@ -53,7 +51,7 @@ class UserCopy:
         if self.folder is None:
             raise OptionError(f'{self.variable} is not set')
         try:
-            with _imports_from(self.folder / self.root):
+            with _imports_from(self.folder):
                 return getattr(importlib.import_module(self.module), self.function)
         except (ImportError, AttributeError) as error:
             raise OptionError(

@@ -105,8 +105,8 @@ def test_without_mmcv(monkeypatch):
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    package = tmp_path / 'src' / 'msda_triton'
-    package.mkdir(parents=True)
+    package = tmp_path / 'msda_triton'
+    package.mkdir()
     (package / '__init__.py').touch()
     (package / 'frontend.py').write_text(STAND_IN)
     monkeypatch.setenv(msda_triton.COPY.variable, str(tmp_path))

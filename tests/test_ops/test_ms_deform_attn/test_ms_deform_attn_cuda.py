@@ -152,12 +152,12 @@ def test_compiles_without_graph_break():
 
 
 def test_auto_takes_triton_and_memory_is_bounded():
-    """The samples of this call would take 174 MiB in bfloat16."""
+    """The samples of this call would take 262 MiB in bfloat16."""
     inputs = draw_inputs(CASES['encoder'], torch.bfloat16)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     CASES['encoder'].run(inputs, 'auto')
-    assert torch.cuda.max_memory_allocated() - before < 300 * 2**20
+    assert torch.cuda.max_memory_allocated() - before < 200 * 2**20
 
 
 def test_more_rows_than_a_grid_has_in_y():

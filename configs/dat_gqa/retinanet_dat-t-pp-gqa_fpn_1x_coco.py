@@ -1,4 +1,4 @@
-"""RetinaNet with DAT-T++ and grouped-query heads: half the kv heads of its base."""
+"""RetinaNet with DAT-T++ and half of its key/value heads, 12 epochs."""
 
 _base_ = '../dat/retinanet_dat-t-pp_fpn_1x_coco.py'
 

@@ -1,0 +1,8 @@
+"""Mask R-CNN with DAT-S++, 36 epochs."""
+
+_base_ = './mask-rcnn_dat-t-pp_fpn_ms-crop-3x_coco.py'
+
+model = dict(
+    backbone=dict(arch='s++', drop_path_rate=0.5),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

@@ -1,0 +1,8 @@
+"""RetinaNet with DAT-S++, 36 epochs."""
+
+_base_ = './retinanet_dat-t-pp_fpn_ms-crop-3x_coco.py'
+
+model = dict(
+    backbone=dict(arch='s++', drop_path_rate=0.5),
+    neck=dict(in_channels=[192, 384, 768]),
+)

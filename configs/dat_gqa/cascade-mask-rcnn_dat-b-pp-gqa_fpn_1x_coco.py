@@ -1,0 +1,5 @@
+"""Cascade Mask R-CNN with DAT-B++ and half of its key/value heads, 12 epochs."""
+
+_base_ = '../dat/cascade-mask-rcnn_dat-b-pp_fpn_1x_coco.py'
+
+model = dict(backbone=dict(num_kv_heads=(2, 4, 8, 16)))

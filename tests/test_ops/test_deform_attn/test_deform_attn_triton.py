@@ -207,6 +207,32 @@ def test_keys_behind_the_last_one(dtype, shift, loss_scale, deterministic):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize('dtype', list(ATOL))  # a kernel of dk/dv each
+def test_gradients_of_positions_on_cells(dtype):
+    """Where the table is a plane, they have no kink at its cells."""
+    case = dataclasses.replace(CASE, batch=1, heads=1, kv_heads=1, groups=1)
+    case = dataclasses.replace(case, grid_size=(17, 17), table_size=(9, 9), reach=1.0)
+    inputs = case.inputs(dtype)
+    steps = torch.tensor([-0.375, 0.0, 0.25, 0.5, 1.0])  # quarters of a cell
+    with torch.no_grad():
+        inputs[3].copy_(steps[torch.arange(inputs[3].numel()) % 5].view_as(inputs[3]))
+        y, x = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing='ij')
+        inputs[4].copy_(0.25 * y - 0.5 * x)
+    actual = run(case, 'triton', inputs, pos_in_range=True)[4]
+    expected = run(case, 'naive', to_double(inputs), pos_in_range=True)[4]
+    assert expected.abs().max() > 1
+    atol = 1e-4 if dtype == torch.float32 else 2e-2
+    assert_close(actual.double(), expected, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize('table_size', [(9, 9), (5, 5)])
+def test_positions_far_outside(table_size):
+    """Some queries read beside the table, of others no key is near it."""
+    case = dataclasses.replace(CASE, batch=1, heads=1, kv_heads=1, groups=1, reach=3.0)
+    case = dataclasses.replace(case, grid_size=(18, 17), table_size=table_size)
+    check(case, torch.float16)
+
+
 @pytest.mark.parametrize('table_size', [(9, 9), (5, 5)])  # a kernel of dk/dv each
 @pytest.mark.parametrize('poisoned', [0, 1])
 def test_nan_reaches_every_gradient(poisoned, table_size):

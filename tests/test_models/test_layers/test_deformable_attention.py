@@ -115,11 +115,21 @@ def literal(module, x):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize('name', ['groups2', 'groups8', 'mqa'])
-def test_published(name):
-    config, arrays = load_golden(f'deformable_gqa_{name}')
+@pytest.mark.parametrize(
+    ('module_class', 'name'),
+    [
+        (DeformableAttention1D, 'deformable_attention_1d'),
+        (DeformableAttention2D, 'deformable_gqa_groups2'),
+        (DeformableAttention2D, 'deformable_gqa_groups8'),
+        (DeformableAttention2D, 'deformable_gqa_mqa'),
+        (DeformableAttention3D, 'deformable_attention_3d'),
+    ],
+)
+def test_published(module_class, name):
+    """The 3-D data were made with the axes of the sampling grid put right."""
+    config, arrays = load_golden(name)
     del config['input']
-    module = DeformableAttention2D(**config)
+    module = module_class(**config)
     state = sub_dict(arrays, 'state/')
     assert set(module.state_dict()) == set(state)
     module.load_state_dict(state)

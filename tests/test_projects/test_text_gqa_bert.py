@@ -163,9 +163,8 @@ def test_cross_attention_of_an_encoder_decoder(batch):
     torch.manual_seed(0)
     model = EncoderDecoderModel(config).eval()
     for kv_heads in (HEADS, 1):
-        grouped = copy.deepcopy(model)
-        for part in (grouped.encoder, grouped.decoder):
-            convert_bert_to_gqa(part, kv_heads, inplace=True)
+        grouped = convert_bert_to_gqa(model, kv_heads)
+        assert type(grouped.config) is EncoderDecoderConfig
         reference = expanded(model, grouped)
         kinds = {type(x.self) for x in attentions(grouped.decoder)}
         assert kinds == {BertGroupedQuerySelfAttention, BertGroupedQueryCrossAttention}

@@ -24,6 +24,7 @@ from projects.text_gqa.text_gqa import (
     T5GroupedQueryAttention,
     convert_t5_to_gqa,
 )
+from projects.text_gqa.text_gqa.cache_size import t5_cache_bytes
 
 HEADS, HEAD_DIM, CHANNELS, LAYERS = 4, 6, 20, 2
 CLOSE = dict(rtol=0, atol=1e-5)
@@ -46,13 +47,13 @@ def make_config(kind=T5Config, **options):
 
 def make_t5(implementation='eager', **options):
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(make_config(**options)).eval()
+    config = make_config(attn_implementation=implementation, **options)
+    model = T5ForConditionalGeneration(config).eval()
     with torch.no_grad():  # attention that matters, and logits of several tokens
         for attention in attentions(model):
             attention.q.weight.mul_(2.5)
             attention.o.weight.mul_(2)
         model.lm_head.weight.mul_(0.2)
-    model.set_attn_implementation(implementation)
     return model
 
 
@@ -150,16 +151,8 @@ def test_heads_are_means_of_neighbours():
             assert getattr(new, name).weight.equal(getattr(old, name).weight)
 
 
-def cache_bytes(model, batch):
-    """Of self- and cross-attention after the batch's labels."""
-    cache = model(**batch, use_cache=True).past_key_values
-    both = (cache.self_attention_cache, cache.cross_attention_cache)
-    layers = [layer for part in both for layer in part.layers]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-
-
 @pytest.mark.parametrize('kv_heads', [1, 2, 4])
-def test_weights_and_cache_shrink_with_the_kv_heads(batch, kv_heads):
+def test_weights_and_cache_shrink_with_the_kv_heads(kv_heads):
     model = make_t5()
     grouped = convert_t5_to_gqa(model, kv_heads)
     share = HEADS // kv_heads
@@ -169,7 +162,9 @@ def test_weights_and_cache_shrink_with_the_kv_heads(batch, kv_heads):
             assert before == share * after
     saved = 2 * 3 * LAYERS * (HEADS - kv_heads) * HEAD_DIM * CHANNELS
     assert grouped.num_parameters() == model.num_parameters() - saved
-    assert cache_bytes(model, batch) == share * cache_bytes(grouped, batch)
+    one_token = 2 * LAYERS * kv_heads * HEAD_DIM * 4
+    assert t5_cache_bytes(grouped, 7, 5) == (7 + 5) * one_token
+    assert t5_cache_bytes(model, 7, 5) == share * t5_cache_bytes(grouped, 7, 5)
 
 
 @pytest.mark.parametrize('implementation', ['eager', 'sdpa'])

@@ -112,6 +112,7 @@ def replace_configs(
     """Make the configs of the models in a module ones of another class.
 
     Parts of a model share its config: each is replaced once, for all who have it.
+    Configs of other models, which may be around these, stay.
 
     Args:
         root: A model, or a part of one.
@@ -119,7 +120,11 @@ def replace_configs(
         fields: What they get besides the attributes of the old ones.
     """
     models = [part for part in root.modules() if isinstance(part, PreTrainedModel)]
-    made = {id(model.config): _derived(model.config, kind) for model in models}
+    made = {
+        id(model.config): _derived(model.config, kind)
+        for model in models
+        if isinstance(model.config, kind.__base__)
+    }
     for config in made.values():
         for name, value in fields.items():
             setattr(config, name, value)

@@ -34,6 +34,7 @@ ROOMS = (
     'deform_gqa.models',
     'deform_gqa.models.layers',
     'deform_gqa.models.backbones',
+    'deform_gqa.conversion',
     'deform_gqa.engine',
     'deform_gqa.engine.hooks',
     PROJECT,

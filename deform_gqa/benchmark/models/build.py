@@ -45,9 +45,9 @@ MODULE_OPS = {
     'DeformableAttention2D': 'deform_sample',
     'DeformableGQA': 'deform_attn',
     'NeighborhoodAttention': 'neighborhood_attn',
+    'PerQueryDeformableAttention': 'deform_sdpa',
     # of projects/multiview_deform_attn
     'MultiViewDeformableAttention': 'deform_sdpa',
-    'PerQueryDeformableAttention': 'deform_sdpa',
 }
 
 

@@ -34,6 +34,21 @@ ARCH = 't++'
 # Modules of token sequences (B, N, C) name their options differently.
 TOKENS = {'MultiheadGQA': ('embed_dim', 'query_heads', 'kv_heads')}
 MAPS = ('dim', 'num_heads', 'num_kv_heads')
+# Kinds that no block letter stands for
+OTHERS = (
+    'GroupedQueryAttention',
+    'KeyDrivenGQA',
+    'LinformerAttention',
+    'MultiHeadAttention',
+    'MultiHeadLatentAttention',
+    'MultiQueryAttention',
+    'PerQueryDeformableAttention',
+    'SimilarityGQA',
+    'SingleHeadAttention',
+    'SparseGQA',
+)
+# Kinds of their own number of kv heads, which no option changes
+KV_HEADS = {'MultiQueryAttention': 1, 'SingleHeadAttention': 1}
 NOTES = (
     'The input is a random map (B, C, H, W) of the stage (tokens (B, H * W, C) for '
     'MultiheadGQA, which attends to all of them). `forward` runs in eval mode without '
@@ -44,7 +59,7 @@ NOTES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    names = [name for name, _ in LETTERS.values()] + list(TOKENS)
+    names = [name for name, _ in LETTERS.values()] + list(OTHERS) + list(TOKENS)
     add(
         'layers',
         nargs='*',
@@ -140,6 +155,8 @@ def layer_case(
     batch: int,
 ) -> Case:
     kind, image = config['type'], size_text(size)
+    if kind in KV_HEADS:
+        heads = Heads(heads.query, (KV_HEADS[kind],))
     fields = {'layer': kind, 'stage': stage, 'image': image, 'kv heads': str(heads)}
     kv_heads = f'kv{heads.kv[0]}of{heads.query[0]}'
     name = f'layer/{kind}/stage{stage}/{image}/{kv_heads}/b{batch}'

@@ -7,6 +7,8 @@ from typing import Any
 from mmdet.registry import MODELS
 from torch import nn
 
+from ..layers.registered import describe_kinds
+
 # letter -> (default class, {its option: arch option})
 LETTERS: dict[str, tuple[str, dict[str, str]]] = {
     'L': ('WindowAttention', {'window_size': 'window_sizes'}),
@@ -100,7 +102,10 @@ def build_attention(
     kind = options.pop('type', default_type)
     module_class = _find_class(kind) if isinstance(kind, str) else kind
     if not callable(module_class):
-        raise ValueError(f'attention[{letter!r}]: {kind!r} is not registered in MODELS')
+        raise ValueError(
+            f'attention[{letter!r}]: {kind!r} is not registered in MODELS; '
+            f'{describe_kinds()}'
+        )
     parameters = inspect.signature(module_class).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     shared = {n: v for n, v in shared.items() if n in parameters or takes_all}

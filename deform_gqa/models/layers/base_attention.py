@@ -85,7 +85,8 @@ def resolve_kv_heads(dim: int, num_heads: int, num_kv_heads: int | None) -> int:
     check_int('num_heads', num_heads, 1)
     if dim % num_heads:
         raise ValueError(
-            f'dim must be a multiple of num_heads, got dim={dim}, num_heads={num_heads}'
+            f'dim must be a multiple of num_heads, got dim={dim}, '
+            f'num_heads={num_heads}; possible are {_divisors(dim)}'
         )
     if num_kv_heads is None:
         return num_heads
@@ -93,7 +94,7 @@ def resolve_kv_heads(dim: int, num_heads: int, num_kv_heads: int | None) -> int:
     if num_heads % num_kv_heads:
         raise ValueError(
             f'num_heads must be a multiple of num_kv_heads, got num_heads={num_heads}, '
-            f'num_kv_heads={num_kv_heads}'
+            f'num_kv_heads={num_kv_heads}; possible are {_divisors(num_heads)}'
         )
     return num_kv_heads
 
@@ -109,5 +110,10 @@ def check_offset_groups(num_heads: int, offset_groups: int) -> None:
     if num_heads % offset_groups:
         raise ValueError(
             f'num_heads must be a multiple of offset_groups, got '
-            f'num_heads={num_heads}, offset_groups={offset_groups}'
+            f'num_heads={num_heads}, offset_groups={offset_groups}; possible are '
+            f'{_divisors(num_heads)}'
         )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,9 +1,9 @@
 """Names of a public collection of attention modules, and what they are called here.
 
 The collection writes each kind of attention for a sequence of words, one head after the
-other, and the einsum forms of "Fast Transformer Decoding" as functions. ``MODULES``
-and ``FUNCTIONS`` are the tables of names; :func:`from_collection` builds a module by
-its name and arguments there.
+other, and the einsum forms of "Fast Transformer Decoding" as functions. ``MODULES`` is
+the table of the modules' names; :func:`from_collection` builds one by its name and
+arguments there. The functions stand here under their names there.
 
 What differs: modules here end with one projection to ``dim`` channels, those of the
 collection to ``embed_dim``, that is the width of one head, and its grouped queries have
@@ -12,7 +12,6 @@ collection has none; here it has one like the others. Masks mean the same: True 
 attention is allowed.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -121,17 +120,14 @@ def _sizes_of_projections(options: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def multihead_attention_batched(X, M, mask, P_q, P_k, P_v, P_o):
+def multiheadAttentionBatched(X, M, mask, P_q, P_k, P_v, P_o):
     """:func:`.projected_attention` with the mask in the collection's place."""
     return projected_attention(X, M, P_q, P_k, P_v, P_o, mask)
 
 
-# name -> function here, which takes the same arguments in the same order
-FUNCTIONS: dict[str, Callable] = {
-    'dotProductAttention': dot_product_attention,
-    'multiheadAttention': projected_attention,
-    'multiheadAttentionBatched': multihead_attention_batched,
-    'multiheadSelfAttentionIncremental': projected_attention_step,
-    'multiqueryAttentionBatched': multihead_attention_batched,
-    'multiquerySelfAttentionIncremental': projected_attention_step,
-}
+# The other functions take the same arguments in the same order.
+dotProductAttention = dot_product_attention
+multiheadAttention = projected_attention
+multiheadSelfAttentionIncremental = projected_attention_step
+multiqueryAttentionBatched = multiheadAttentionBatched
+multiquerySelfAttentionIncremental = projected_attention_step

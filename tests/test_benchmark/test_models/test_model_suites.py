@@ -6,6 +6,7 @@ from deform_gqa.benchmark.core.cases import PLAIN
 from deform_gqa.benchmark.core.errors import GateError
 from deform_gqa.benchmark.core.report import Report
 from deform_gqa.benchmark.models import workload
+from deform_gqa.benchmark.models.layer import OTHERS
 from deform_gqa.benchmark.models.report import model_figure
 
 TINY = ['--device', 'cpu', '--sizes', '64x96', '--repeats', '2', '--min-time-s', '0.01']
@@ -123,6 +124,16 @@ def test_layers_of_all_kinds(benchmark_tool, tmp_path):
     report = run(benchmark_tool, tmp_path, 'layer', *names, '--stages', '1')
     assert [case['layer'] for case in report.cases] == names
     assert {row.backend for row in report.rows} == {PLAIN}
+
+
+def test_layers_that_no_block_letter_stands_for(benchmark_tool, tmp_path):
+    argv = ['layer', *OTHERS, '--stages', '4', '--backends', 'torch']
+    report = run(benchmark_tool, tmp_path, *argv)
+    assert [case['layer'] for case in report.cases] == list(OTHERS)
+    assert {row.status for row in report.rows} == {'ok'}
+    kv_heads = {case['layer']: case['kv heads'] for case in report.cases}
+    assert kv_heads['MultiHeadAttention'] == 'all'
+    assert kv_heads['MultiQueryAttention'].startswith('1 of')
 
 
 def test_backbone(benchmark_tool, tmp_path):

@@ -15,7 +15,8 @@ from deform_gqa.models import (
     Projection,
     SingleHeadAttention,
 )
-from deform_gqa.models.layers.collection import FUNCTIONS, MODULES, from_collection
+from deform_gqa.models.layers import collection
+from deform_gqa.models.layers.collection import MODULES, from_collection
 
 DIM, HEADS = 24, 6
 KINDS = {
@@ -181,7 +182,7 @@ def projections(heads, key_width=5, value_width=4):
 def test_dot_product_attention():
     torch.manual_seed(0)
     q, k, v = draw(5), draw(7, 5), draw(7, 6)
-    assert_close(FUNCTIONS['dotProductAttention'](q, k, v), paper_one_query(q, k, v))
+    assert_close(collection.dotProductAttention(q, k, v), paper_one_query(q, k, v))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_batched_forms(name, heads, value_width):
     x, m = draw(2, 4, 8), draw(2, 6, 8)
     mask = torch.zeros(2, 3, 4, 6, dtype=torch.float64)
     mask[1, :, 0, 2:] = -torch.inf
-    actual = FUNCTIONS[name](x, m, mask, *tensors)
+    actual = getattr(collection, name)(x, m, mask, *tensors)
     expected = paper_batched(x, m, mask, *tensors)
     assert_close(actual, expected)
     weight = torch.randn_like(expected)
@@ -211,7 +212,7 @@ def test_multi_head_attention_of_one_query():
     torch.manual_seed(0)
     tensors, x, m = projections((3,)), draw(8), draw(6, 8)
     expected = paper_batched(x[None, None], m[None], 0, *tensors)[0, 0]
-    assert_close(FUNCTIONS['multiheadAttention'](x, m, *tensors), expected)
+    assert_close(collection.multiheadAttention(x, m, *tensors), expected)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_incremental_forms(name, heads):
     keys, values = draw(2, *heads, 0, 5), draw(2, *heads, 0, 4)
     outs = []
     for token in x.unbind(1):
-        out, keys, values = FUNCTIONS[name](token, keys, values, *tensors)
+        out, keys, values = getattr(collection, name)(token, keys, values, *tensors)
         outs.append(out)
     later = torch.full((5, 5), -torch.inf).triu(1)
     assert_close(torch.stack(outs, 1), paper_batched(x, x, later, *tensors))
@@ -238,7 +239,7 @@ def test_projections_that_do_not_fit():
     x = draw(1, 2, 8)
     p_q, p_k, p_v, p_o = projections((2,))
     with pytest.raises(ValueError, match='got 2, 2 and 3'):
-        FUNCTIONS['multiheadAttention'](x, x, p_q, p_k, p_v, p_o)
+        collection.multiheadAttention(x, x, p_q, p_k, p_v, p_o)
 
 
 class Head(nn.Module):

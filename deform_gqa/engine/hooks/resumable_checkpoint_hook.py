@@ -215,19 +215,25 @@ class ResumableCheckpointHook(CheckpointHook):
         if is_main_process():
             remove_parts(runner.work_dir)
             remove_parts(self.out_dir)
-        if runner.iter == 0:
+        if runner.iter > 0:
+            self._go_on(runner)
+        else:
             self._loaded = {}  # of weights that a new training starts from
-        elif 'rng' in self._loaded:
+        self._prepare_data(runner)
+        self._batches_done = self._find_batches_done(runner)
+        self._restore_rng(runner)
+        self._make_up_for_validation(runner)
+
+    def _go_on(self, runner: Runner) -> None:
+        # Without it, a best file would not be noted before the next file is due.
+        self.last_ckpt = runner.message_hub.get_info('last_ckpt')
+        if 'rng' in self._loaded:
             _set_sampler_seed(runner, self._loaded['rng']['sampler_seed'])
         else:
             runner.logger.warning(
                 'The checkpoint holds no random states: the resumed training will '
                 'differ from one without a break.'
             )
-        self._prepare_data(runner)
-        self._batches_done = self._find_batches_done(runner)
-        self._restore_rng(runner)
-        self._make_up_for_validation(runner)
 
     def _find_batches_done(self, runner: Runner) -> int:
         progress = self._loaded.get('progress', dict(batches_done=0))

@@ -272,6 +272,16 @@ def test_flexible_runner_saves_in_one_step(tmp_path, monkeypatch):
     assert_equal_weights(whole.model.state_dict(), broken.model.state_dict())
 
 
+def test_best_of_a_validation_that_comes_first_is_noted(tmp_path):
+    loop = dict(type='ResumableEpochBasedTrainLoop', max_epochs=2)
+    options = dict(interval=2, save_last=False, by_epoch=False, loop=loop)
+    train(tmp_path / 'whole', **options)
+    with pytest.raises(PowerCutError):
+        train(tmp_path / 'broken', hooks=(CutHook('before_val', 1),), **options)
+    train(tmp_path / 'broken', resume=True, **options)
+    assert names(tmp_path / 'broken') == names(tmp_path / 'whole')
+
+
 def test_parts_of_a_killed_run_go(tmp_path):
     part = tmp_path / 'epoch_9.pth.part'
     part.write_bytes(b'half')

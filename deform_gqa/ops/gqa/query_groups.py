@@ -88,18 +88,18 @@ def group_queries(
     owner = _owners(queries, parents, mask)
     if owner.numel() == 0:
         return owner
-    # Of tensors it is not known before they are computed, and a GPU has to be waited
-    # for.
+    # To read a tensor is to wait for the GPU; a plain number needs none.
     subgroups = int(groups.max()) if isinstance(groups, Tensor) else groups
     num_parents = 1 if parents is None else max(int(parents.max()) + 1, 1)
-    x = F.normalize(queries.float() if _is_half(queries) else queries, dim=-1)
-    centres = _first_centres(x, owner, num_parents, subgroups)
-    ids = _nearest(x, centres, owner, counts)
-    for _ in range(iterations):
-        centres = _moved(x, centres, ids)
+    with without_autocast(queries.device):
+        x = F.normalize(queries.float() if _is_half(queries) else queries, dim=-1)
+        centres = _first_centres(x, owner, num_parents, subgroups)
         ids = _nearest(x, centres, owner, counts)
-    if balanced:
-        ids = _cut_evenly(ids, centres, owner, counts)
+        for _ in range(iterations):
+            centres = _moved(x, centres, ids)
+            ids = _nearest(x, centres, owner, counts)
+        if balanced:
+            ids = _cut_evenly(ids, centres, owner, counts)
     return ids
 
 

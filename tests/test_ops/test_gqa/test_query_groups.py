@@ -151,6 +151,13 @@ def test_grouping_in_low_precision(dtype):
     assert torch.equal(ids[:, None] == ids, labels[:, None] == labels)
 
 
+def test_autocast_changes_no_group():
+    x = draw(1, 200, 32, dtype=torch.float32)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        ids = group_queries(x, 12)
+    assert torch.equal(ids, group_queries(x, 12))
+
+
 # Attention within groups
 
 

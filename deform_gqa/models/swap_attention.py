@@ -6,7 +6,21 @@ import inspect
 import re
 
 from mmdet.registry import MODELS
-from torch import nn
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from .layers.base_attention import BaseAttention
+from .layers.grouped_multihead_attention import GroupedMultiheadAttention
+from .layers.registered import describe_kinds
+
+# What the types are made to stand for, unless a rule says otherwise
+REPLACES = {
+    'MSDeformAttn': 'MultiScaleDeformableAttention',
+    'GroupedMultiheadAttention': 'MultiheadAttention',
+    'GroupedWindowMSA': 'WindowMSA',
+}
+KEEP_WEIGHTS = (True, False, 'fitting')
 
 
 @MODELS.register_module()
@@ -15,24 +29,35 @@ def swap_attention(model: dict | nn.Module, rules: list[dict]) -> nn.Module:
 
     It stands in a config as a type, around the model's own dict; nothing is added to
     the names of parameters. What a module and its successor have in common, options
-    and weights, is kept: a swapped module gets each option of its class that the old
-    one has as an attribute, and the old state_dict.
+    and weights, is kept.
 
     Args:
         model: Config of the model, or the model itself, which is then changed.
         rules: For each, ``pattern``, a regular expression that is searched for in the
             names of modules; ``type``, a class in MODELS; further keys are its
-            options. ``replaces`` names the class of the modules to be swapped, without
-            its package (default 'MultiScaleDeformableAttention').
+            options. ``replaces`` names the class of the modules to be swapped, with or
+            without the package that it comes from: 'WindowMSA',
+            'mmcv.MultiheadAttention', 'torch.MultiheadAttention'. By default it is
+            'MultiScaleDeformableAttention' for MSDeformAttn, 'MultiheadAttention' for
+            GroupedMultiheadAttention, 'WindowMSA' for GroupedWindowMSA, and
+            'ShiftWindowMSA' of Swin for the attention modules of DAT's blocks, which
+            have other weights (``keep_weights=False``). mmcv's MultiheadAttention is a
+            shell around torch's, in which the swap then takes place. ``keep_weights``
+            says what becomes of the old weights: True (the
+            default), they are all kept or it is an error; 'fitting', those that fit are
+            kept, and the log lists the others; False, all are drawn anew.
 
     Returns:
-        The model. A swapped module is an instance of the old class as well: detectors
-        initialise their attention modules by that.
+        The model. A successor is made by its class's ``from_module`` or, where there is
+        none, with each option of its class that the old module has as an attribute. If
+        both are OpenMMLab's BaseModules, it is an instance of the old class as well:
+        detectors initialise their attention modules by class.
 
     Raises:
-        ValueError: For a rule without ``pattern`` or ``type``, or one that fits no
-            module, or if the weights do not fit (as with fewer value heads, unless the
-            rule says ``keep_weights=False``).
+        TypeError: For an option that a class does not take.
+        ValueError: For a rule without ``pattern`` or ``type``, with an unknown type or
+            ``keep_weights``, or one that fits no module; or if the weights do not fit,
+            as with fewer kv heads. Each says what there is.
     """
     model = MODELS.build(model) if isinstance(model, dict) else model
     for rule in rules:
@@ -46,36 +71,119 @@ def _apply(model: nn.Module, rule: dict) -> None:
         if name not in options:
             raise ValueError(f'a rule of swap_attention needs {name!r}, got {rule}')
     pattern = re.compile(options.pop('pattern'))
-    replaced = options.pop('replaces', 'MultiScaleDeformableAttention')
     keep_weights = options.pop('keep_weights', True)
-    found = [
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__ == replaced and pattern.search(name)
-    ]
-    if not found:
-        raise ValueError(f'no {replaced} of the model has a name that fits {rule}')
-    for name in found:
-        parent, _, child = name.rpartition('.')
-        old = model.get_submodule(name)
-        new = _successor(old, options)
-        if keep_weights:
-            _copy_weights(name, old, new)
-        setattr(model.get_submodule(parent), child, new)
-
-
-def _successor(old: nn.Module, options: dict) -> nn.Module:
-    options = copy.deepcopy(options)
-    cls = MODELS.get(options['type'])
+    if keep_weights not in KEEP_WEIGHTS:
+        raise ValueError(
+            f'keep_weights must be one of {KEEP_WEIGHTS}, got {keep_weights!r}'
+        )
+    kind = options.pop('type')
+    cls = MODELS.get(kind) if isinstance(kind, str) else kind
     if cls is None:
-        raise ValueError(f'{options["type"]!r} is not registered in MODELS')
-    for name in inspect.signature(cls).parameters:
-        if hasattr(old, name):
-            options.setdefault(name, _option(getattr(old, name)))
-    new = MODELS.build(options)
-    new.__class__ = _instance_of_both(type(new), type(old))
-    parameter = next(old.parameters())
-    return new.to(parameter.device, parameter.dtype).train(old.training)
+        raise ValueError(f'{kind!r} is not registered in MODELS; {describe_kinds()}')
+    replaced = options.pop('replaces', _default_of(cls))
+    names = _find(model, pattern, replaced)
+    if not names:
+        raise ValueError(
+            f'no {replaced} of the model has a name that fits {rule}; '
+            f'{_attention_of(model)}'
+        )
+    for name in names:
+        _swap(model, name, cls, options, keep_weights)
+
+
+def _default_of(cls: type) -> str:
+    """The class that a type stands for."""
+    if isinstance(cls, type) and issubclass(cls, BaseAttention):
+        return 'ShiftWindowMSA'
+    return REPLACES.get(cls.__name__, 'MultiScaleDeformableAttention')
+
+
+def _find(model: nn.Module, pattern: re.Pattern, replaced: str) -> list[str]:
+    """Names of the modules to be swapped, none of them within another."""
+    package, _, class_name = replaced.rpartition('.')
+    found = []
+    for name, module in model.named_modules():
+        cls = type(module)
+        fits = cls.__name__ == class_name and pattern.search(name)
+        if not fits or package not in ('', cls.__module__.split('.')[0]):
+            continue
+        if not any(name.startswith(f'{outer}.') for outer in found):
+            found.append(name)
+    return found
+
+
+def _attention_of(model: nn.Module) -> str:
+    """What could be swapped: attention by its class, and one name of each."""
+    examples = {}
+    for name, module in model.named_modules():
+        if re.search('Attention|Attn|MSA', type(module).__name__):
+            examples.setdefault(type(module).__name__, name)
+    listed = ', '.join(f'{cls} (as {name})' for cls, name in sorted(examples.items()))
+    return f'its attention modules are {listed or "none"}'
+
+
+class WithoutWeights(GroupedMultiheadAttention):
+    """In the shell of mmcv, which drops the attention weights: they are not made."""
+
+    def forward(self, *args, **kwargs) -> tuple[Tensor, None]:
+        return super().forward(*args, **kwargs, need_weights=False)
+
+
+class MapAttention(nn.Module):
+    """Attention of maps where Swin's blocks have ShiftWindowMSA.
+
+    Args:
+        attention: Maps (B, C, H, W) to (B, C, H, W).
+        drop: The stochastic depth of the block.
+    """
+
+    def __init__(self, attention: nn.Module, drop: nn.Module):
+        super().__init__()
+        self.attention, self.drop = attention, drop
+
+    def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """Tokens (B, H * W, C) -> (B, H * W, C)."""
+        out = self.attention(query.transpose(1, 2).unflatten(2, tuple(hw_shape)))
+        return self.drop(out.flatten(2).transpose(1, 2))
+
+
+def _swap(model: nn.Module, name: str, cls: type, options: dict, keep_weights) -> None:
+    old = model.get_submodule(name)
+    if issubclass(cls, GroupedMultiheadAttention):
+        inner = getattr(old, 'attn', None)
+        if isinstance(inner, nn.MultiheadAttention):
+            name, old, cls = f'{name}.attn', inner, WithoutWeights
+        elif not isinstance(old, nn.MultiheadAttention):
+            raise ValueError(
+                f"{cls.__name__} stands for torch's MultiheadAttention or mmcv's, but "
+                f'{name} is a {type(old).__name__}'
+            )
+    parent, _, child = name.rpartition('.')
+    new = _successor(old, cls, options)
+    if keep_weights:
+        _copy_weights(name, old, new, all_of_them=keep_weights is True)
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _successor(old: nn.Module, cls: type, options: dict) -> nn.Module:
+    options = copy.deepcopy(options)
+    if hasattr(cls, 'from_module'):
+        new = cls.from_module(old, **options)
+    elif type(old).__name__ == 'ShiftWindowMSA' and issubclass(cls, BaseAttention):
+        window = old.w_msa
+        options = {**dict(dim=window.embed_dims, num_heads=window.num_heads), **options}
+        new = MapAttention(cls(**options), old.drop)
+        new.to(window.qkv.weight).train(old.training)
+    else:
+        for name in inspect.signature(cls).parameters:
+            if hasattr(old, name):
+                options.setdefault(name, _option(getattr(old, name)))
+        new = cls(**options)
+        parameter = next(old.parameters())
+        new.to(parameter.device, parameter.dtype).train(old.training)
+    if isinstance(old, BaseModule) and isinstance(new, BaseModule):
+        new.__class__ = _instance_of_both(type(new), type(old))
+    return new
 
 
 def _option(attribute):
@@ -99,11 +207,29 @@ def _unpickled(new: type, old: type) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _copy_weights(name: str, old: nn.Module, new: nn.Module) -> None:
-    try:
-        new.load_state_dict(old.state_dict())
-    except RuntimeError as error:
+def _copy_weights(name: str, old: nn.Module, new: nn.Module, all_of_them: bool) -> None:
+    source, target = old.state_dict(), new.state_dict()
+    fitting = {
+        key: x
+        for key, x in source.items()
+        if key in target and target[key].shape == x.shape
+    }
+    misfits = [
+        f'{key}: {_shape(source, key)} -> {_shape(target, key)}'
+        for key in dict.fromkeys([*source, *target])
+        if key not in fitting
+    ]
+    if misfits and all_of_them:
         raise ValueError(
-            f'the weights of {name} do not fit {type(new).__name__}; a rule with '
-            f'keep_weights=False draws new ones: {error}'
-        ) from error
+            f'the weights of {name} do not fit {type(new).__name__}: '
+            f"{'; '.join(misfits)}. A rule with keep_weights='fitting' keeps the "
+            'others, one with keep_weights=False none'
+        )
+    new.load_state_dict(fitting, strict=False)
+    if misfits:
+        text = f'swap_attention: new weights in {name}: {"; ".join(misfits)}'
+        print_log(text, logger='current')
+
+
+def _shape(state: dict, key: str) -> str:
+    return str(tuple(state[key].shape)) if key in state else 'none'

@@ -24,6 +24,7 @@ from projects.text_gqa.text_gqa import (
     T5GroupedQueryAttention,
     convert_t5_to_gqa,
 )
+from projects.text_gqa.text_gqa.attention import eager_attention, single_query_sdpa
 from projects.text_gqa.text_gqa.cache_size import t5_cache_bytes
 
 HEADS, HEAD_DIM, CHANNELS, LAYERS = 4, 6, 20, 2
@@ -196,6 +197,30 @@ def test_a_static_cache_has_kv_heads(batch):
     cache = out.past_key_values.self_attention_cache
     assert isinstance(cache, StaticCache)
     assert {layer.keys.shape[1] for layer in cache.layers} == {2}
+
+
+@pytest.mark.parametrize('kv_heads', [1, 2, 4])
+@pytest.mark.parametrize('mask', [None, 'additive', 'of heads', 'boolean'])
+@pytest.mark.parametrize('has_bias', [False, True])
+def test_a_single_query_attends_as_many_do(kv_heads, mask, has_bias):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    query, bias = draw(2, HEADS, 1, HEAD_DIM), draw(1, HEADS, 1, 7)
+    key, value = draw(2, 2, kv_heads, 7, HEAD_DIM)
+    hidden = (
+        torch.arange(7).expand(2, 1, 1, 7) > torch.tensor([6, 3])[:, None, None, None]
+    )
+    low = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    given = {'additive': low, 'of heads': low + bias, 'boolean': ~hidden}.get(mask)
+    options = dict(scaling=0.7, dropout=0.0, position_bias=bias if has_bias else None)
+    actual, _ = single_query_sdpa(None, query, key, value, given, **options)
+    additive = low if mask == 'boolean' else given
+    module = torch.nn.Identity()
+    expected, _ = eager_attention(module, query, key, value, additive, **options)
+    assert_close(actual, expected, **CLOSE)
 
 
 def test_weights_of_attention_are_those_of_query_heads(batch):

@@ -1,12 +1,14 @@
 """Grouped-query attention for attention modules of Hugging Face transformers.
 
 A module that has ``num_key_value_groups`` is served by all attention functions of
-transformers but the eager ones of T5 and BERT, which stand here.
+transformers but the eager ones of T5 and BERT. That one stands here, and one for the
+single query of a decoding step, where transformers lets torch repeat the heads.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, EncoderDecoderCache
@@ -69,11 +71,52 @@ def attend(
     Returns:
         Output (B, L, Hq * D), and weights (B, Hq, L, S) if the function is eager.
     """
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation, eager_attention
-    )
+    name = module.config._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+    if name == 'sdpa' and query.shape[2] == 1:
+        function = single_query_sdpa
     out, weights = function(module, query, key, value, mask, **options)
     return out.flatten(2), weights
+
+
+def single_query_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float,
+    position_bias: Tensor | None = None,
+    **_options: Any,
+) -> tuple[Tensor, None]:
+    """torch's SDPA for one query token, which sees all keys that no mask hides.
+
+    The query heads of a group are so many queries of one head: keys and values are read
+    once a group, and never repeated.
+
+    Returns:
+        Output (B, 1, Hq, D), and None.
+    """
+    batch, heads, _, head_dim = query.shape
+    mask = _added_up(attention_mask, position_bias, query)
+    if mask is not None and mask.shape[1] == heads:
+        mask = mask.reshape(mask.shape[0], key.shape[1], -1, mask.shape[3])
+    stacked = query.reshape(batch, key.shape[1], -1, head_dim)
+    out = F.scaled_dot_product_attention(
+        stacked, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    return out.reshape(batch, 1, heads, head_dim), None
+
+
+def _added_up(mask: Tensor | None, bias: Tensor | None, like: Tensor) -> Tensor | None:
+    """A mask, boolean or additive, and a bias, each possibly None, as one."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(like.dtype).min)
+    return mask + bias
 
 
 def eager_attention(

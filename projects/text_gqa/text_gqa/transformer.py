@@ -418,28 +418,34 @@ def attend_cached(
     Returns:
         (B, L, C).
     """
+    head_dim = attention.embed_dim // attention.query_heads
     key, value = cache.append(
         attention,
         attention.k_proj(memory).unflatten(-1, (attention.kv_heads, -1)),
         attention.v_proj(memory).unflatten(-1, (attention.kv_heads, -1)),
     )
-    num_queries, num_keys = query.shape[1], key.shape[1]
-    mask = None
-    if num_queries > 1:  # a single token attends to all
-        mask = torch.ones(
-            1, num_queries, num_keys, dtype=torch.bool, device=query.device
-        ).tril(num_keys - num_queries)
-    out, _ = scaled_dot_product_gqa(
-        attention.q_proj(query).unflatten(-1, (attention.query_heads, -1)),
-        key,
-        value,
-        dropout=attention.dropout if attention.training else 0.0,
-        mask=mask,
-    )
-    out = out.flatten(2)
+    query = attention.q_proj(query).unflatten(-1, (attention.kv_heads, -1, head_dim))
+    dropout = attention.dropout if attention.training else 0.0
+    if query.shape[1] == 1:
+        # It sees all keys: the query heads of a group are so many queries of one head.
+        query = query[:, 0].transpose(1, 2)
+        out, _ = scaled_dot_product_gqa(query, key, value, dropout)
+        out = out.transpose(1, 2).flatten(1)[:, None]
+    else:
+        mask = _later_queries_mask(query.shape[1], key)
+        out, _ = scaled_dot_product_gqa(
+            query.flatten(2, 3), key, value, dropout, mask=mask
+        )
+        out = out.flatten(2)
     if attention.norm is not None:
         out = attention.norm(out)
     return attention.out_proj(out)
+
+
+def _later_queries_mask(num_queries: int, key: Tensor) -> Tensor:
+    """(1, L, S), True where the last L of S tokens may attend to."""
+    ones = torch.ones(1, num_queries, key.shape[1], dtype=torch.bool, device=key.device)
+    return ones.tril(key.shape[1] - num_queries)
 
 
 def _activation(activation: str | Activation) -> Activation:

@@ -169,3 +169,16 @@ def test_bad_tokens():
         module.forward_tokens(draw(1, 4, 20))
     with pytest.raises(ValueError, match=r'positions must have .*= \(4, 2\)'):
         module.forward_tokens(draw(1, 4, DIM), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize('form', ['expanded', 'absorbed'])
+def test_autocast(form):
+    module = make(form=form).float()
+    x = torch.randn(1, DIM, 4, 5)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = module(x)
+        decoded, _ = module.decode(x.flatten(2).mT)
+    out.float().sum().backward()
+    assert out.dtype == decoded.dtype == torch.bfloat16
+    assert_close(out.float(), module(x), rtol=0.05, atol=0.05)
+    assert all(p.grad.dtype == p.dtype for p in module.parameters())

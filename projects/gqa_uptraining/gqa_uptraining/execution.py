@@ -124,7 +124,8 @@ class Experiment:
 
     def _set_schedule(self, cfg: Config, row: Row) -> None:
         scratch = row.method == 'scratch'
-        warmup = SCRATCH_WARMUP_ITERS if scratch else max(1, row.iters // 10)
+        # mmengine's LinearLR of one iteration would stay at its start factor
+        warmup = SCRATCH_WARMUP_ITERS if scratch else max(2, row.iters // 10)
         cfg.optim_wrapper.optimizer.lr = SCRATCH_LR if scratch else row.lr
         cfg.param_scheduler[0].end = warmup
         cfg.param_scheduler[1].end = row.iters

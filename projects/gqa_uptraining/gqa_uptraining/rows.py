@@ -8,7 +8,7 @@ BASE_ITERS = 24 * 52
 QUERY_HEADS = (2, 4, 8, 16)
 # Per stage. A quarter of the two heads of stage 1 would be half a head: it is one.
 KV_HEADS = {'half': (1, 2, 4, 8), 'quarter': (1, 1, 2, 4), 'one': (1, 1, 1, 1)}
-ALPHAS = (0.02, 0.05, 0.1, 0.2)
+ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2)
 MERGES = ('mean', 'first', 'random', 'norm', 'aligned', 'aligned+refit')
 # How a merged detector is trained, besides its own losses.
 DISTILLED = 'mean+distillation'
@@ -82,22 +82,17 @@ def plan() -> list[Row]:
         rows.append(base_row(seed))
         rows += [Row(seed, kv_heads, 'mean') for kv_heads in KV_HEADS]
         rows += [Row(seed, 'one', merge) for merge in MERGES[1:]]
-    for alphas in ((0.05,), (0.1,), (0.02, 0.2)):
-        for seed in SEEDS:
-            rows += _uptraining_rows(seed, alphas)
-    rows += [Row(seed, 'one', 'scratch', 0.05) for seed in SEEDS]
-    rows += [Row(seed, 'half', 'scratch', 0.05) for seed in SEEDS]
-    rows += [Row(seed, 'quarter', 'scratch', 0.05) for seed in SEEDS]
-    return rows
-
-
-def _uptraining_rows(seed: int, alphas: tuple[float, ...]) -> list[Row]:
-    rows = []
-    for alpha in alphas:
-        rows += [Row(seed, kv_heads, 'mean', alpha) for kv_heads in KV_HEADS]
-        if alpha in (0.05, 0.1):
-            methods = (DISTILLED, *MERGES[1:])
-            rows += [Row(seed, 'one', method, alpha) for method in methods]
+    for methods, alphas in (
+        (('mean', DISTILLED), ALPHAS[:-1]),
+        (MERGES[1:], (0.05, 0.1)),
+        (('mean',), (0.2,)),
+    ):
+        for alpha in alphas:
+            rows += [Row(seed, 'one', m, alpha) for seed in SEEDS for m in methods]
+    for kv_heads in ('half', 'quarter'):
+        rows += [Row(seed, kv_heads, 'mean', a) for a in ALPHAS[1:] for seed in SEEDS]
+    for kv_heads in ('one', 'half', 'quarter'):
+        rows += [Row(seed, kv_heads, 'scratch', 0.05) for seed in SEEDS]
     return rows
 
 

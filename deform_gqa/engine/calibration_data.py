@@ -1,14 +1,12 @@
 """Images that a trained model is run on when its heads are merged."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from mmengine.dataset import pseudo_collate
-from mmengine.runner import set_random_seed
 from torch.utils.data import Dataset
 
-from deform_gqa.engine.rng_state import get_rng_state, set_rng_state
+from deform_gqa.engine.rng_state import seeded
 
 __all__ = ['calibration_batches']
 
@@ -26,16 +24,6 @@ def calibration_batches(dataset: Dataset, count: int, seed: int) -> Iterator[dic
     """
     count = min(count, len(dataset))
     for index in np.linspace(0, len(dataset) - 1, count).astype(int).tolist():
-        with _seeded(seed + index):
+        with seeded(seed, index):
             sample = dataset[index]
         yield pseudo_collate([sample])
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    state = get_rng_state()
-    set_random_seed(seed)
-    try:
-        yield
-    finally:
-        set_rng_state(state)

@@ -143,7 +143,7 @@ install_mmcv() {
 }
 
 install_package() {
-    local extras=mm,dev,lm # lm takes 15 seconds, and projects/text_gqa is tested
+    local extras=mm,dev,lm,search # projects are tested; lm takes 15 seconds
     # A triton that is there belongs to its torch.
     python -c 'import triton' 2>/dev/null || extras=$extras,triton
     step "installing deform_gqa with the extras $extras" \

@@ -1,0 +1,1 @@
+"""What experiment.py does: rows of the table, their runs, the report, the search."""

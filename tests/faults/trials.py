@@ -122,7 +122,7 @@ class Trials:
             self._signal(work_dir, getattr(signal, name.upper()), number)
         else:
             # Each call comes; with more trials than calls, other bytes are cut off.
-            at = 1 + number * max(self.calls // total, 1) % self.calls
+            at = 1 + number * max(self.calls, total) // total % self.calls
             layer = FileLayer(at, name, seed=number)
 
             def disturbed() -> None:

@@ -6,6 +6,7 @@ from mmengine.dist import all_gather_object, get_rank, get_world_size, is_main_p
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from deform_gqa.engine.checkpoint_io import (
@@ -19,10 +20,13 @@ from deform_gqa.engine.resumable_batches import (
 )
 from deform_gqa.engine.resumable_loops import ResumableIterBasedTrainLoop
 from deform_gqa.engine.rng_state import get_rng_state, set_rng_state
+from deform_gqa.engine.unwrap import unwrap_model
 
 __all__ = ['ResumableCheckpointHook']
 
 INTERRUPTED = 'interrupted.pth'
+_FORMER_BEST = 'former_best_ckpts'  # in the message hub
+_KEYS = ('rng', 'progress', 'buffers')  # of this hook in a checkpoint
 
 
 @HOOKS.register_module()
@@ -45,10 +49,11 @@ class ResumableCheckpointHook(CheckpointHook):
     epoch, and with iteration-based loops, it takes those of
     :mod:`deform_gqa.engine.resumable_loops`.
 
-    The checkpoint has two more keys. ``rng``: ``states``, one entry per process (see
+    The checkpoint has three more keys. ``rng``: ``states``, one entry per process (see
     :func:`deform_gqa.engine.rng_state.get_rng_state`), and ``sampler_seed``.
     ``progress``: ``batches_done`` of the current epoch, of ``batches_per_epoch``, and
-    ``validated``.
+    ``validated``. ``buffers``: those of the model in each process of a distributed
+    run, else None.
     """
 
     def __init__(self, **kwargs) -> None:
@@ -99,6 +104,7 @@ class ResumableCheckpointHook(CheckpointHook):
         self._to_save = dict(
             meta=dict(meta),
             rng=self._gather_rng(runner),
+            buffers=self._gather_buffers(runner),
             progress=dict(
                 batches_done=self._batches_done,
                 batches_per_epoch=self._batches_per_epoch,
@@ -150,12 +156,18 @@ class ResumableCheckpointHook(CheckpointHook):
             sampler_seed=getattr(_sampler(runner.train_dataloader), 'seed', None),
         )
 
+    def _gather_buffers(self, runner: Runner) -> list[dict[str, Tensor]] | None:
+        """Statistics of batch norms, which differ between processes within an epoch."""
+        if get_world_size() == 1:
+            return None
+        buffers = unwrap_model(runner.model).named_buffers()
+        return all_gather_object({name: value.cpu() for name, value in buffers})
+
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Adds what resuming needs, but not to the best file, which no run resumes."""
         if self._to_save is not None:
             checkpoint['meta'].update(self._to_save['meta'])
-            checkpoint['rng'] = self._to_save['rng']
-            checkpoint['progress'] = self._to_save['progress']
+            checkpoint.update({key: self._to_save[key] for key in _KEYS})
 
     def after_train_iter(self, runner: Runner, batch_idx: int, **kwargs) -> None:
         self._batches_done = batch_idx + 1 if _is_epoch_based(runner) else 0
@@ -176,6 +188,8 @@ class ResumableCheckpointHook(CheckpointHook):
         if not self.save_best:
             return
         former = self._best_paths
+        # Stored with the next file, for a run that is killed before it removes them.
+        runner.message_hub.update_info(_FORMER_BEST, [*filter(None, former.values())])
         # The parent removes the files that it knows before it saves: let it know none.
         self._best_paths = dict.fromkeys(former)
         super()._save_best_checkpoint(runner, metrics)
@@ -188,6 +202,12 @@ class ResumableCheckpointHook(CheckpointHook):
             for path in stale:
                 self._remove(path)
                 runner.logger.info(f'The previous best checkpoint {path} is removed')
+
+    def _remove_former_best(self, runner: Runner) -> None:
+        if self.save_best:
+            former = runner.message_hub.get_info(_FORMER_BEST, [])
+            for path in set(former) - set(self._best_paths.values()):
+                self._remove(path)
 
     @property
     def _best_paths(self) -> dict[str, str | None]:
@@ -206,8 +226,7 @@ class ResumableCheckpointHook(CheckpointHook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keeps what this hook has stored until training starts."""
-        keys = ('rng', 'progress')
-        self._loaded = {key: checkpoint.pop(key) for key in keys if key in checkpoint}
+        self._loaded = {key: checkpoint.pop(key) for key in _KEYS if key in checkpoint}
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
@@ -215,6 +234,7 @@ class ResumableCheckpointHook(CheckpointHook):
         if is_main_process():
             remove_parts(runner.work_dir)
             remove_parts(self.out_dir)
+            self._remove_former_best(runner)
         if runner.iter > 0:
             self._go_on(runner)
         else:
@@ -222,6 +242,7 @@ class ResumableCheckpointHook(CheckpointHook):
         self._prepare_data(runner)
         self._batches_done = self._find_batches_done(runner)
         self._restore_rng(runner)
+        self._restore_buffers(runner)
         self._make_up_for_validation(runner)
 
     def _go_on(self, runner: Runner) -> None:
@@ -258,6 +279,12 @@ class ResumableCheckpointHook(CheckpointHook):
             self._batches = resumable_batches(runner.train_dataloader)
         if self._batches is not None:
             self._batches.key = (runner.seed, get_rank())
+
+    def _restore_buffers(self, runner: Runner) -> None:
+        buffers = self._loaded.get('buffers')
+        if buffers is not None and len(buffers) == get_world_size():
+            for name, buffer in unwrap_model(runner.model).named_buffers():
+                buffer.copy_(buffers[get_rank()][name])
 
     def _make_up_for_validation(self, runner: Runner) -> None:
         """Validates a checkpoint that was saved before its validation."""

@@ -9,7 +9,7 @@ import torch
 from mmengine.runner import FlexibleRunner
 from tiny_training import CutHook, PowerCutError, make_runner
 
-from deform_gqa.engine import load_checkpoint
+from deform_gqa.engine import ResumableCheckpointHook, load_checkpoint
 from deform_gqa.engine.checkpoint_io import AtomicLocalBackend
 from deform_gqa.engine.hooks import resumable_checkpoint_hook
 
@@ -280,6 +280,44 @@ def test_best_of_a_validation_that_comes_first_is_noted(tmp_path):
         train(tmp_path / 'broken', hooks=(CutHook('before_val', 1),), **options)
     train(tmp_path / 'broken', resume=True, **options)
     assert names(tmp_path / 'broken') == names(tmp_path / 'whole')
+
+
+def test_former_best_that_a_cut_left_goes(tmp_path, monkeypatch):
+    remove = ResumableCheckpointHook._remove
+
+    def cut(self, path):
+        if Path(path).name == 'best_score_epoch_1.pth':
+            raise PowerCutError
+        remove(self, path)
+
+    monkeypatch.setattr(ResumableCheckpointHook, '_remove', cut)
+    with pytest.raises(PowerCutError):
+        train(tmp_path)
+    assert 'best_score_epoch_1.pth' in names(tmp_path)
+    monkeypatch.undo()
+    train(tmp_path, resume=True)
+    assert 'best_score_epoch_1.pth' not in names(tmp_path)
+    assert 'best_score_epoch_2.pth' in names(tmp_path)
+
+
+def test_each_process_gets_its_own_buffers(tmp_path, monkeypatch):
+    def gather(value):
+        is_rng = 'numpy' in value
+        return [value, value if is_rng else {key: x + 1 for key, x in value.items()}]
+
+    def make(**options):
+        runner = make_runner(str(tmp_path), loop=loop, **options)
+        runner.model.register_buffer('mean', torch.full((2,), 3.0))
+        return runner
+
+    loop = dict(by_epoch=True, max_epochs=1)
+    monkeypatch.setattr(resumable_checkpoint_hook, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(resumable_checkpoint_hook, 'all_gather_object', gather)
+    make().train()
+    monkeypatch.setattr(resumable_checkpoint_hook, 'get_rank', lambda: 1)
+    second = make(resume=True)
+    second.train()
+    assert second.model.mean.tolist() == [4.0, 4.0]
 
 
 def test_parts_of_a_killed_run_go(tmp_path):

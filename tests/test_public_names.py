@@ -60,6 +60,22 @@ OTHERS = {
         'projected_attention',
         'projected_attention_step',
     ],
+    # without configs, whose options are those of transformers' version
+    'projects.text_gqa.text_gqa': [
+        'BertGroupedQueryCrossAttention',
+        'BertGroupedQuerySelfAttention',
+        'GQABertForSequenceClassification',
+        'GQABertModel',
+        'GQAT5ForConditionalGeneration',
+        'GQATransformer',
+        'GQATransformerDecoderLayer',
+        'GQATransformerEncoderLayer',
+        'GQATransformerLM',
+        'KVCache',
+        'T5GroupedQueryAttention',
+        'convert_bert_to_gqa',
+        'convert_t5_to_gqa',
+    ],
 }
 SMALL = dict(embed_dims=(16,) * 4, depths=(1,) * 4, num_heads=(4,) * 4)
 POSITION_BIASES = ('table', 'log_cpb', 'fixed', 'dwc', None)

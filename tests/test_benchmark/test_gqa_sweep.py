@@ -61,7 +61,7 @@ def test_wrong_options(benchmark_tool, capsys, options, message):
             ['--preset', 'deformable-gqa-paper', '--batch-sizes', '2'],
             [1, 2, 4, 8, 16, 32],
         ),
-        (['MultiheadGQA', '--sizes', '64x64'], [1, 2, 4, 8]),
+        (['MultiheadGQA', '--sizes', '64x64', '--kv-heads', 'sweep'], [1, 2, 4, 8]),
         (['mini', '--sizes', '64x64', '--kv-heads', '1', '16'], [1, 16]),
         ([DETECTOR, '--sizes', '64x64', '--kv-heads', '2', '4'], [2, 4]),
     ],

@@ -12,7 +12,7 @@ import torch
 from deform_gqa.profiling.memory import PeakMemory, quick_collections
 from deform_gqa.profiling.timing import Timing
 
-from .cases import Case, NotRun, Status, Workload
+from .cases import Case, NotRun, Workload
 from .errors import one_line
 from .flops import count_flops
 from .options import MeasureOptions, use_threads
@@ -90,22 +90,18 @@ def measure(
     return loop.rows
 
 
+@dataclasses.dataclass
 class _Loop:
-    def __init__(
-        self,
-        options: MeasureOptions,
-        sampler: Sampler | None,
-        counts_flops: bool,
-        step: Callable[[str], None],
-    ):
-        self.options = options
-        self.sampler = sampler
-        self.counts_flops = counts_flops
-        self.step = step
-        self.timer = Timer(options.device, options.sampling)
-        self.deadline = options.deadline()
-        self.flops: dict[tuple[str, str], int] = {}
-        self.rows: list[Row] = []
+    options: MeasureOptions
+    sampler: Sampler | None
+    counts_flops: bool
+    step: Callable[[str], None]
+    flops: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
+    rows: list[Row] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.timer = Timer(self.options.device, self.options.sampling)
+        self.deadline = self.options.deadline()
 
     def run(self, group: Sequence[Case]) -> None:
         """One group with one backend after the other."""
@@ -119,9 +115,14 @@ class _Loop:
     ) -> None:
         built = []
         for case in group:
-            workload = self._build(case, backend)
+            try:
+                workload = self._build(case, backend)
+            except NotRun as reason:
+                names = self.options.directions
+                self._miss([_row(case, backend, name) for name in names], reason)
+                continue
             # A model without our ops is the same with every backend.
-            if workload and (case.name, workload.backend) not in seen:
+            if (case.name, workload.backend) not in seen:
                 seen.add((case.name, workload.backend))
                 built.append((case, workload))
         for direction in self.options.directions:
@@ -131,49 +132,42 @@ class _Loop:
                 for case, workload in built
             ]
             if self.deadline.is_past():
-                self._miss([task.row for task in tasks], 'skipped', LATE)
+                self._miss([task.row for task in tasks], NotRun('skipped', LATE))
             elif self.sampler is None:
                 self.rows += [task.row for task in tasks]
             else:
                 self._sample(tasks, self.sampler)
 
-    def _build(self, case: Case, backend: str) -> Workload | None:
-        """None, with rows that say why, if it cannot run."""
-        rows = [_row(case, backend, name) for name in self.options.directions]
+    def _build(self, case: Case, backend: str) -> Workload:
+        """Raises NotRun if it cannot run."""
         torch.manual_seed(0)  # the same weights for every backend
-        try:
-            with self._expected_failure() as failure:
-                workload = case.build(backend)
-        except NotRun as reason:
-            self._miss(rows, reason.status, str(reason))
-            return None
-        if not failure:
-            if 'params' in case.fields:
-                case.fields['params'] = workload.params
-            if workload.check is not None and not self.deadline.is_past():
-                with self._expected_failure(workload) as failure:
-                    workload.check()
-        if failure:
-            self._miss(rows, 'failed', failure[0])
-            return None
+        with self._expected_failure():
+            workload = case.build(backend)
+        if 'params' in case.fields:
+            case.fields['params'] = workload.params
+        if workload.check is not None and not self.deadline.is_past():
+            with self._expected_failure(workload):
+                workload.check()
         return workload
 
     def _sample(self, tasks: Sequence[Task], sampler: Sampler) -> None:
         """Rows of those that run, and of those that fail at their first calls."""
         warm, counts = [], []
         for task in tasks:
-            with self._expected_failure(task.workload) as failure:
-                self._count_work(task)
-                counts.append(self.timer.warm_up(task.call))
+            try:
+                with self._expected_failure(task.workload):
+                    self._count_work(task)
+                    counts.append(self.timer.warm_up(task.call))
                 warm.append(task)
-            if failure:
-                self._miss([task.row], 'failed', failure[0])
+            except NotRun as reason:
+                self._miss([task.row], reason)
         if not warm:
             return
-        with self._expected_failure(warm[0].workload) as failure:
-            self.rows += sampler(self.timer, warm, statistics.median_high(counts))
-        if failure:
-            self._miss([task.row for task in warm], 'failed', failure[0])
+        try:
+            with self._expected_failure(warm[0].workload):
+                self.rows += sampler(self.timer, warm, statistics.median_high(counts))
+        except NotRun as reason:
+            self._miss([task.row for task in warm], reason)
 
     def _count_work(self, task: Task) -> None:
         """FLOPs where the case does not say its work; the same for all backends."""
@@ -185,10 +179,9 @@ class _Loop:
         work = {'flops': self.flops[key], 'images': task.case.images}
         task.row = dataclasses.replace(task.row, work=work)
 
-    def _miss(self, rows: Sequence[Row], status: Status, reason: str) -> None:
-        self.rows += [
-            dataclasses.replace(row, status=status, reason=reason) for row in rows
-        ]
+    def _miss(self, rows: Sequence[Row], why: NotRun) -> None:
+        missed = dict(status=why.status, reason=str(why))
+        self.rows += [dataclasses.replace(row, **missed) for row in rows]
 
     def _expected_failure(self, workload: Workload | None = None):
         is_foreign = workload is not None and workload.is_foreign
@@ -202,23 +195,23 @@ def _row(case: Case, backend: str, direction: str) -> Row:
 @contextlib.contextmanager
 def expected_failure(
     amp: torch.dtype | None, is_foreign: bool = False
-) -> Iterator[list[str]]:
-    """Yields a list that holds the reason afterwards, if there is one.
+) -> Iterator[None]:
+    """Turns what may happen into NotRun; any other error is a defect, ends the run.
 
     Memory may run out; with mixed precision a kernel of someone else's may be missing;
-    and a baseline may fail as it likes. Any other error is a defect and ends the run.
+    and a baseline may fail as it likes.
     """
-    failure: list[str] = []
     try:
-        yield failure
-    except torch.OutOfMemoryError as error:
-        failure.append(one_line(error))
+        yield
     except RuntimeError as error:
-        # The CPU's allocator has no class of its own.
-        out_of_memory = 'DefaultCPUAllocator' in str(error)
+        out_of_memory = (
+            isinstance(error, torch.OutOfMemoryError)
+            # The CPU's allocator has no class of its own.
+            or 'DefaultCPUAllocator' in str(error)
+        )
         if not (is_foreign or out_of_memory or _is_missing(error, amp)):
             raise
-        failure.append(one_line(error))
+        raise NotRun('failed', one_line(error)) from error
 
 
 def _is_missing(error: RuntimeError, amp: torch.dtype | None) -> bool:

@@ -39,7 +39,7 @@ def layer_call():
         cfg_options={},
     )
     config = layer.layer_config('DeformableGQA', 't++', 2, {})
-    workload = layer.build_workload(config, (30, 40), 1, model_options, 'torch')
+    workload = layer.build_workload(config, (15, 20), 1, model_options, 'torch')
     return workload.calls['train']
 
 

@@ -39,6 +39,8 @@ TINY += ['--repeats', '2', '--min-time-s', '0.01']
         ('--device tpu', "--device: must be 'cpu' or 'cuda[:N]', got 'tpu'"),
         ('--device cuda:99', '--device cuda:99: torch sees'),
         ('--threads 0', '--threads: must be positive, got 0'),
+        ('--threads x', "--threads: invalid int value: 'x'"),
+        ('--thread_count', 'unrecognized arguments: --thread_count'),
         ('--repeats -1', '--repeats: must be positive, got -1'),
         ('--min-time-s 0', '--min-time-s: must be positive, got 0.0'),
         ('--min-time-s nan', '--min-time-s: must be positive, got nan'),

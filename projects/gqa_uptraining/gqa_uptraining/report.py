@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from .rows import ALPHAS, DISTILLED, KV_HEADS, MERGES, Row, base_row, plan
+from .rows import ALPHAS, DISTILLED, KV_HEADS, MERGES, SEEDS, Row, base_row, plan
 from .timing import TIMES_FILE
 
 METRIC = 'bbox_mAP'
@@ -17,6 +17,13 @@ LABELS = {
 }
 COLORS = {'all': 'black', 'half': 'C0', 'quarter': 'C2', 'one': 'C3'}
 BEGIN, END = '<!-- results: written by `report` -->', '<!-- end of results -->'
+FIGURES = """\
+Figures 3, 4 and 5 of the paper, for this detector. Bars are one standard deviation over
+seeds, in figure 3 also the middle 60 % of the times.
+
+![mAP against time](results/figure_3.png)
+![mAP of ways to merge](results/figure_4.png)
+![mAP against uptraining](results/figure_5.png)"""
 Key = tuple[str, str, float]
 
 
@@ -66,7 +73,7 @@ class Results:
 
     def sorted_keys(self) -> list[Key]:
         """Without repetition, sorted for the table."""
-        keys = {(row.kv_heads, row.method, row.alpha) for row in self.records}
+        keys = {(row.kv_heads, row.method, row.alpha) for row in self.rows}
         methods = ('multi-head', *MERGES, DISTILLED, 'scratch')
         order = ['all', *KV_HEADS]
         return sorted(
@@ -90,10 +97,8 @@ def write_report(folder: Path) -> None:
             raise ValueError(f'{readme} has no line {mark!r}')
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    readme.write_text(
-        f'{head}{BEGIN}\n\n{table(results)}\n\n{missing(results)}\n\n{END}{tail}',
-        encoding='utf-8',
-    )
+    parts = [BEGIN, table(results), FIGURES, missing(results), END]
+    readme.write_text(head + '\n\n'.join(parts) + tail, encoding='utf-8')
 
 
 # Table
@@ -111,7 +116,7 @@ def spread(values: Iterable[float], digits: int = 3) -> str:
 
 
 def table(results: Results) -> str:
-    """Markdown; one line for each (kv heads, method, alpha)."""
+    """Markdown; one line for each (kv heads, method, alpha) of the plan."""
     head = ('kv heads', 'method', 'alpha', 'seeds', 'bbox mAP')
     head += ('of multi-head', 'output error')
     lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
@@ -119,21 +124,21 @@ def table(results: Results) -> str:
         maps, shares = results.maps(key), results.shares(key)
         percent = spread([100 * share for share in shares], 1)
         errors = spread(results.output_errors(key))
-        cells = [LABELS[key[0]], key[1], f'{key[2]:g}', str(len(maps))]
-        cells += [spread(maps.values()), f'{percent} %' if percent else '', errors]
+        cells = [LABELS[key[0]], key[1], f'{key[2]:g}', f'{len(maps)} of {len(SEEDS)}']
+        cells += [spread(maps.values()) or 'not run yet']
+        cells += [f'{percent} %' if percent else '', errors]
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 
 def missing(results: Results) -> str:
-    """Which rows have not been run."""
+    """How many rows have not been run, and how to run them."""
     rows = results.missing
     if not rows:
         return 'All rows of the plan have been run.'
-    names = ', '.join(f'`{row.name}`' for row in rows)
     return (
-        f'{len(rows)} of {len(results.rows)} rows have not been run yet; '
-        f'`python -m projects.gqa_uptraining.experiment run` runs them: {names}.'
+        f'{len(rows)} of {len(results.rows)} rows have not been run yet: those that '
+        'the table lacks. `python -m projects.gqa_uptraining.experiment run` runs them.'
     )
 
 
@@ -169,20 +174,26 @@ def draw_methods(results: Results, file: Path) -> None:
     """Figure 4 of the paper: how the heads are merged, with one kv head."""
     figure, axes = _figure()
     methods = (*MERGES, DISTILLED)
-    alphas = (0.0, 0.05, 0.1)
-    for shift, alpha in enumerate(alphas):
-        for place, method in enumerate(methods):
-            maps = results.maps(('one', method, alpha))
-            if not maps:
-                continue
-            axes.barh(
-                place + 0.27 * (shift - 1),
-                statistics.fmean(maps.values()),
-                xerr=_deviation(maps.values()),
-                height=0.25,
-                color=f'C{shift}',
-                label=f'alpha = {alpha:g}' if place == 0 else None,
+    for shift, alpha in enumerate((0.0, 0.05, 0.1)):
+        points = [
+            (
+                place + 0.2 * (shift - 1),
+                list(results.maps(('one', method, alpha)).values()),
             )
+            for place, method in enumerate(methods)
+        ]
+        points = [(place, maps) for place, maps in points if maps]
+        if not points:
+            continue
+        axes.errorbar(
+            [statistics.fmean(maps) for _, maps in points],
+            [place for place, _ in points],
+            xerr=[_deviation(maps) for _, maps in points],
+            fmt='o',
+            capsize=3,
+            color=f'C{shift}',
+            label=f'alpha = {alpha:g}',
+        )
     _level(results, axes.axvline)
     axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()

@@ -7,6 +7,8 @@ converted module gets the inputs of the trained one, and its output is compared.
 import contextlib
 import copy
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,8 +21,10 @@ from .adapter import State
 from .heads import Moments
 from .layers import Layer
 
-# Ridge of the refit, as a share of the mean square of the projection's inputs.
-RIDGE = 1e-3
+# Ridges of the refit, relative to the mean square of the projection's inputs, of which
+# cross-validation over the calls of a module chooses one. A single call gets the last.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e2)
+FOLDS = 4
 LEARNING_STEPS = 60
 LEARNING_RATE = 0.02
 
@@ -199,67 +203,131 @@ class Calibrator:
 
 
 @dataclasses.dataclass
-class OutputStatistics:
-    """Sums over the calibration data for one output projection.
+class _Sums:
+    """Over tokens: inputs x of an output projection, with a last 1, and outputs y.
 
-    ``inputs`` is what the converted heads give it, with a last column of ones.
+    Args:
+        gram: Of x x^T, (C + 1, C + 1).
+        product: Of x y^T, (C + 1, Cout), for the wanted outputs.
+        squares: Of the squares of the wanted outputs.
     """
 
-    gram: Tensor | float = 0.0
-    product: Tensor | float = 0.0
-    squares: float = 0.0
-    change: float = 0.0
-    count: int = 0
+    gram: Tensor
+    product: Tensor
+    squares: float
+
+    def __add__(self, other: '_Sums') -> '_Sums':
+        return _Sums(
+            self.gram + other.gram,
+            self.product + other.product,
+            self.squares + other.squares,
+        )
+
+    def change(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Sum of the squared errors of a projection."""
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        w = torch.cat([weight.T, bias[None]])
+        return max(
+            float((w * (self.gram @ w - 2 * self.product)).sum()) + self.squares, 0.0
+        )
+
+    def fits(
+        self, weight: Tensor, bias: Tensor | None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """The projection of least error, drawn to the given one, for each ridge.
+
+        A bias is free: inputs and outputs are then taken about their means.
+        """
+        gram, product = self.gram[:-1, :-1], self.product[:-1]
+        mean, wanted = self.gram[-1, :-1], self.product[-1]
+        count = self.gram[-1, -1]
+        if bias is not None:
+            gram = gram - torch.outer(mean, mean) / count
+            product = product - torch.outer(mean, wanted) / count
+        start = weight.T
+        values, vectors = torch.linalg.eigh(gram)
+        pull = vectors.T @ (product - gram @ start)
+        size = gram.diagonal().mean().clamp_min(1e-300)
+        fits = []
+        for ridge in RIDGES:
+            damped = values.clamp_min(0) + ridge * size
+            new = start + vectors @ (pull / damped[:, None])
+            shift = None if bias is None else (wanted - mean @ new) / count
+            fits.append((new.T, shift))
+        return fits
+
+
+class OutputStatistics:
+    """How the outputs of a converted module differ from those of the trained one."""
+
+    def __init__(self):
+        self.folds: list[_Sums | None] = [None] * FOLDS
+        self.count = 0  # calls
+        self._change = 0.0
 
     def add(self, inputs: Tensor, output: Tensor, wanted: Tensor) -> None:
+        """Adds a call.
+
+        Args:
+            inputs: (T, C), what the converted heads give the output projection.
+            output: (T, Cout), what that returns.
+            wanted: (T, Cout), what the trained module's returned.
+        """
         x = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1).double()
         wanted = wanted.double()
-        self.gram = self.gram + (x.T @ x).cpu()
-        self.product = self.product + (x.T @ wanted).cpu()
-        self.squares += float(wanted.square().sum())
-        self.change += float((output.double() - wanted).square().sum())
-        self.count += len(x)
+        new = _Sums((x.T @ x).cpu(), (x.T @ wanted).cpu(), float(wanted.square().sum()))
+        fold = self.count % FOLDS
+        old = self.folds[fold]
+        self.folds[fold] = new if old is None else old + new
+        self._change += float((output.double() - wanted).square().sum())
+        self.count += 1
 
     @property
     def error(self) -> float:
-        """Relative error of the output of the converted module."""
-        return (self.change / max(self.squares, 1e-300)) ** 0.5
+        """Relative error of the converted module."""
+        return self._relative(self._change)
+
+    def _relative(self, change: float) -> float:
+        squares = sum(sums.squares for sums in self._used())
+        return (change / max(squares, 1e-300)) ** 0.5
+
+    def _used(self) -> list[_Sums]:
+        return [sums for sums in self.folds if sums is not None]
 
     def refit(
         self, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The output projection of least error, drawn to the given one by a ridge.
+    ) -> tuple[Tensor, Tensor | None, float, float | None]:
+        """Fits the output projection to the calls, by ridge regression.
 
         Args:
-            weight: (Cout, C).
+            weight: (Cout, C), to which the ridge draws.
             bias: (Cout,) or None.
 
         Returns:
-            Weight and bias.
+            Weight and bias; their relative error; and the error of such a fit on calls
+            that it was not made with, None for a single call.
         """
-        columns = slice(None) if bias is not None else slice(-1)
-        gram = self.gram[columns, columns]
-        product = self.product[columns]
-        start = weight.T if bias is None else torch.cat([weight.T, bias[None]])
-        ridge = RIDGE * gram.diagonal()[: weight.shape[1]].mean()
-        # A ridge of the size of the features would pin the bias, whose feature is 1.
-        ridges = ridge.expand(len(gram)).clone()
-        if bias is not None:
-            ridges[-1] = 0
-        floor = 1e-12 * gram.diagonal().max().clamp_min(1e-300)
-        system = gram + torch.diag(ridges + floor)
-        new = start + torch.linalg.solve(system, product - gram @ start)
-        if bias is None:
-            return new.T, None
-        return new[:-1].T, new[-1]
+        folds = self._used()
+        total = _total(folds)
+        fits = total.fits(weight, bias)
+        if len(folds) == 1:
+            return *fits[-1], self._relative(total.change(*fits[-1])), None
+        changes = torch.zeros(len(RIDGES), dtype=torch.float64)
+        for index, held_out in enumerate(folds):
+            rest = _total(folds[:index] + folds[index + 1 :])
+            changes += torch.tensor(
+                [held_out.change(*fit) for fit in rest.fits(weight, bias)]
+            )
+        best = int(changes.argmin())
+        return (
+            *fits[best],
+            self._relative(total.change(*fits[best])),
+            self._relative(float(changes[best])),
+        )
 
-    def error_of(self, weight: Tensor, bias: Tensor | None) -> float:
-        """Relative error with another output projection."""
-        if bias is None:
-            bias = weight.new_zeros(len(weight))
-        w = torch.cat([weight.T, bias[None]])
-        change = (w * (self.gram @ w - 2 * self.product)).sum() + self.squares
-        return (max(float(change), 0.0) / max(self.squares, 1e-300)) ** 0.5
+
+def _total(folds: list[_Sums]) -> _Sums:
+    return functools.reduce(operator.add, folds)
 
 
 class _Moment:

@@ -432,9 +432,9 @@ def _compare(
         )
         old = converted[weight_name]
         bias = None if bias_name is None else converted[bias_name].double().cpu()
-        weight, bias = sums.refit(old.double().cpu().flatten(1), bias)
+        weight, bias, error, held_out = sums.refit(old.double().cpu().flatten(1), bias)
         entry.error_before_refit = entry.error
-        entry.error = sums.error_of(weight, bias)
+        entry.error, entry.error_held_out = error, held_out
         converted[weight_name] = weight.reshape(old.shape).to(old)
         if bias_name is not None:
             converted[bias_name] = bias.to(converted[bias_name])

@@ -25,6 +25,8 @@ class LayerReport:
         error: Norm of the change of the module's output on the calibration inputs,
             over the norm of the output; None without calibration.
         error_before_refit: The same before the output projection was refitted.
+        error_held_out: The same after a refit that did without the images in question
+            (cross-validation): what to expect on other images.
     """
 
     name: str
@@ -39,6 +41,7 @@ class LayerReport:
     value_heads: tuple[int, ...] | None = None
     error: float | None = None
     error_before_refit: float | None = None
+    error_held_out: float | None = None
 
 
 @dataclasses.dataclass

@@ -8,6 +8,7 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from deform_gqa.conversion import convert_model, convert_state_dict
+from deform_gqa.conversion.calibration import OutputStatistics
 from deform_gqa.models.layers import DeformableGQA, NeighborhoodAttention
 
 HEADS = 4
@@ -85,6 +86,38 @@ def test_refit_of_the_same_heads_changes_nothing(batches):
     assert errors(report)[0] < 1e-5
 
 
+def test_refit_does_not_follow_noise():
+    """Outputs that have nothing to do with the inputs: the projection stays near."""
+    torch.manual_seed(0)
+    weight, bias = torch.zeros(3, 8).double(), torch.zeros(3).double()
+    noise, linear = OutputStatistics(), OutputStatistics()
+    for _ in range(8):
+        x, y = torch.randn(3, 8), torch.randn(3, 3)
+        noise.add(x, 0 * y, y)
+        linear.add(x, 0 * y, x @ torch.arange(24.0).reshape(8, 3) + 5)
+    assert noise.error == linear.error == 1
+    fitted, _, error, held_out = noise.refit(weight, bias)
+    assert fitted.norm() < 0.2
+    assert error < 1 < 1.3 * held_out
+    fitted, shift, error, held_out = linear.refit(weight, bias)
+    torch.testing.assert_close(
+        fitted.T, torch.arange(24.0).double().reshape(8, 3), rtol=0.01, atol=0.01
+    )
+    torch.testing.assert_close(shift, torch.full((3,), 5.0).double(), rtol=0.01, atol=0)
+    assert error <= held_out < 0.01
+
+
+def test_a_single_call_is_fitted_with_care(batches):
+    """Nothing says how the fit does elsewhere, so the ridge is strong."""
+    attention = make().map
+    _, report = convert_model(attention, 2, calibration=batches[:1], refit_output=True)
+    [layer] = report.layers
+    assert layer.error_held_out is None
+    assert 0.8 * layer.error_before_refit < layer.error < layer.error_before_refit
+    _, report = convert_model(attention, 2, calibration=batches, refit_output=True)
+    assert report.layers[0].error_held_out > report.layers[0].error
+
+
 def test_learned_weights_beat_the_mean(batches):
     reports = [
         convert_model(make(), 2, merge=merge, calibration=batches)[1]
@@ -148,7 +181,7 @@ def test_batches_may_be_dicts_or_a_function(batches):
 def test_the_model_is_not_changed(batches):
     model = make().train()
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    convert_model(model, 2, merge='learned', calibration=batches, refit_output=True)
+    convert_model(model, 2, merge='aligned', calibration=batches, refit_output=True)
     assert model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -63,14 +63,17 @@ def test_deterministic_mode(arch, dtype):
 
 
 @pytest.mark.parametrize('arch', [80, 90])
-def test_pixels_are_loaded_by_sixteen_bytes(arch):
-    """The four pixels of a sample by one load each, a row by neighbouring lanes."""
+def test_accesses_are_wide(arch):
+    """A pixel by 16 bytes a lane, or by 8 for each half; 16-byte atomics on sm_90."""
+    found = []
     for launch in multi_scale(arch, 32, torch.bfloat16):
         kernel = aot.compile_launch(launch, arch)
-        assembly = aot.disassemble(kernel.asm['cubin'])
-        wide = [
-            instruction
-            for instruction in sass.parse(assembly).instructions
-            if sass.opcode(instruction).startswith('LDG') and '.128' in instruction
-        ]
-        assert len(wide) >= 4, launch.name
+        code = sass.parse(aot.disassemble(kernel.asm['cubin']))
+        found.append([sass.opcode(x) for x in code.instructions])
+    forward, backward = found
+    assert sum(x.startswith('LDG') and '.128' in x for x in forward) >= 4
+    assert sum(x.startswith('LDG') and '.64' in x for x in backward) >= 8
+    if arch == 90:
+        atomics = [x for x in backward if x.startswith('RED')]
+        assert len(atomics) == 8 and all('F32x4' in x for x in atomics)
+        assert not any(x.startswith(('BAR', 'LDS', 'STS')) for x in backward)

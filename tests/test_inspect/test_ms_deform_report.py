@@ -57,15 +57,17 @@ def test_counts_of_a_sample():
         ms_deform_report.report_samples(launch, 90, torch.bfloat16)
         for launch in multi_scale(90, 32, torch.bfloat16)
     )
-    # Four pixels of 64 bytes by 16 a lane; eight samples a warp
-    for report in (forward, backward):
-        assert report.loads == pytest.approx(0.5, abs=0.02) and report.load_bytes == 16
-        assert report.kernel.local_bytes == 0
+    # Four pixels of 64 bytes, by 16 a lane or, in two halves, by 8
+    for report, size in ((forward, 16), (backward, 8)):
+        assert report.loads * size == pytest.approx(8, abs=0.3)
+        assert report.load_bytes == size and report.kernel.local_bytes == 0
     assert forward.atomics == 0 and forward.instructions < 27
     # 4 x 32 numbers by four a lane
-    assert backward.atomics == pytest.approx(1.0) and backward.atomic_bytes == 16
-    assert backward.instructions < 72
-    assert forward.bound_us < 85 and backward.bound_us < 220
+    assert (
+        backward.atomics == pytest.approx(1.0, abs=0.01) and backward.atomic_bytes == 16
+    )
+    assert backward.instructions < 46
+    assert forward.bound_us < 85 and backward.bound_us < 145
     assert 'ms_deform_attn_fwd_kernel' in str(forward)
 
 

@@ -94,6 +94,11 @@ def test_a_swapped_detector_is_the_same_function(name):
     plain.load_state_dict(swapped.state_dict())
     layers = [x for x in swapped.modules() if isinstance(x, MSDeformAttn)]
     assert len(layers) == 3
+    # with the denoising queries' mask in DINO
+    rule = dict(pattern='decoder', type='GroupedMultiheadAttention')
+    swap_attention(swapped, [rule])
+    heads = [x for x in swapped.modules() if isinstance(x, GroupedMultiheadAttention)]
+    assert len(heads) == 2
     assert_same_function(swapped, plain)
 
 

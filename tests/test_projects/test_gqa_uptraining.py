@@ -89,8 +89,8 @@ def test_another_choice_is_another_training(experiment):
     rows = selection_rows()
     assert len({experiment.folder(row) for row in rows}) == len(rows)
     assert len({experiment.result_file(row, 'val') for row in rows}) == len(rows)
-    assert rows[0].training == 'seed0_one_mean_0.05_lr3e-05'
-    assert rows[-1].training == f'seed0_one_{DISTILLED}_0.05_lr0.0001_weight3'
+    assert rows[1].training == 'seed0_one_mean_0.05_lr3e-05'
+    assert rows[-1].training == f'seed0_one_{DISTILLED}_0.05_lr3e-05_weight3'
     # results of the plan are not overwritten
     assert not {r.name for r in plan()} & {r.training for r in rows}
 

@@ -11,7 +11,7 @@ custom_hooks = [
 
 max_iters = 62  # 5 % of 24 epochs of 52 iterations
 warmup_iters = 6
-optim_wrapper = dict(optimizer=dict(lr=1e-4))
+optim_wrapper = dict(optimizer=dict(lr=3e-5))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warmup_iters),
     dict(

@@ -277,6 +277,20 @@ def test_truncated_file(tool, trained, tmp_path, capsys):
     assert 'trained.pth' in error
 
 
+def test_file_without_names(tool, tmp_path, capsys):
+    path, out = tmp_path / 'list.pth', tmp_path / 'converted.pth'
+    torch.save([torch.ones(1)], path)
+    error = refused(tool, tmp_path, capsys, path, out, *OPTIONS)
+    assert 'must hold a dict, got a list' in error
+
+
+def test_file_of_something_else(tool, tmp_path, capsys):
+    path, out = tmp_path / 'other.pth', tmp_path / 'converted.pth'
+    torch.save(dict(generator={'layer.weight': torch.ones(1)}, epoch=3), path)
+    error = refused(tool, tmp_path, capsys, path, out, *OPTIONS)
+    assert 'does not have: generator, epoch' in error
+
+
 def test_missing_file(tool, tmp_path, capsys):
     out = tmp_path / 'converted.pth'
     error = refused(tool, tmp_path, capsys, tmp_path / 'no.pth', out, *OPTIONS)

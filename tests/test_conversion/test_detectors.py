@@ -82,3 +82,11 @@ def test_half_of_the_kv_heads(detector, merge):
     for out, wanted in zip(outputs(converted), outputs(model), strict=True):
         atol = 1e-4 * size(wanted)
         torch.testing.assert_close(out, wanted, rtol=0, atol=atol)
+
+
+def test_calibration_runs_every_layer(detector):
+    _, report = convert_model(
+        detector, '1/2', 'activations', calibration=outputs, refit_output=True
+    )
+    for layer in report.layers:
+        assert layer.error < layer.error_before_refit

@@ -1,6 +1,8 @@
 """Inputs and comparisons shared by the tests of ms_deform_attn."""
 
 import dataclasses
+import itertools
+import math
 
 import torch
 from hypothesis import strategies as st
@@ -92,11 +94,12 @@ def with_gradients(out, inputs):
 
 
 # Empty levels and single pixels among them
-LEVELS = st.lists(
-    st.tuples(st.integers(0, 9), st.integers(0, 9))
-    | st.sampled_from([(1, 1), (1, 8), (6, 1)]),
-    min_size=1,
-    max_size=4,
+LEVEL = st.tuples(st.integers(0, 9), st.integers(0, 9)) | st.sampled_from(
+    [(1, 1), (1, 8), (6, 1)]
+)
+# batch, value heads, heads that share one, levels, points
+NUMBERS = list(
+    itertools.product(range(1, 3), range(1, 4), range(1, 4), range(1, 5), range(1, 5))
 )
 
 
@@ -107,19 +110,20 @@ def power_of_2(side):
 
 
 @st.composite
-def drawn_cases(draw, max_queries=20, dims=(1, 3, 8, 33), most=3):
-    """``most`` bounds value heads, heads that share one, and points a little above."""
-    value_heads = draw(st.integers(1, most))
+def drawn_cases(draw, max_queries=20, dims=(1, 3, 8, 33), max_product=1000):
+    """``max_product`` bounds the product of NUMBERS, the samples for each query."""
+    numbers = [x for x in NUMBERS if math.prod(x) <= max_product]
+    batch, value_heads, group, levels, points = draw(st.sampled_from(numbers))
     places = draw(st.sampled_from(['near', 'pixels', 'edges']))
-    shapes = draw(LEVELS)
+    shapes = draw(st.lists(LEVEL, min_size=levels, max_size=levels))
     if places == 'pixels':
         shapes = [(power_of_2(height), power_of_2(width)) for height, width in shapes]
     return MsDeformCase(
-        batch=draw(st.integers(1, 2)),
+        batch=batch,
         queries=draw(st.integers(1, max_queries)),
-        heads=value_heads * draw(st.integers(1, most)),
+        heads=value_heads * group,
         value_heads=value_heads,
-        points=draw(st.integers(1, most + 1)),
+        points=points,
         dim=draw(st.sampled_from(dims)),
         shapes=tuple(shapes),
         places=places,

@@ -1,8 +1,11 @@
 """ms_deform_attn's Triton kernels on the CPU, by the interpreter."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 pytest.importorskip('triton')
@@ -16,6 +19,8 @@ from deform_gqa.ops.ms_deform_attn.api import ms_deform_attn_op
 pytestmark = pytest.mark.interpret
 
 ATOL = {torch.float32: 1e-5, torch.float16: 1e-3}
+# As for other ops with a softmax: backward takes a sum from the rounded output
+ATOL_LOGITS = {torch.float32: 1e-5, torch.float16: 3e-3}
 
 
 def check(case, dtype):
@@ -26,27 +31,35 @@ def check(case, dtype):
     tensors = zip(actual, case.run(inputs, 'naive'), exact, strict=True)
     # Where all levels are empty, so is value
     present = [x for x in tensors if x[2].numel() or x[0].shape != x[2].shape]
-    assert_as_good_as(*zip(*present, strict=True), ATOL[dtype])
+    atol = (ATOL_LOGITS if case.logits else ATOL)[dtype]
+    assert_as_good_as(*zip(*present, strict=True), atol)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
-@given(case=drawn_cases(max_queries=9, dims=(8, 12, 32, 200), most=2))
-@pytest.mark.parametrize('dtype', list(ATOL))
-def test_equals_naive(dtype, case):
+@settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@given(
+    case=drawn_cases(max_queries=9, dims=(8, 12, 32), max_product=4),
+    dtype=st.sampled_from(list(ATOL)),
+)
+def test_equals_naive(case, dtype):
+    """Few samples each, as the interpreter takes tens of milliseconds for one."""
     check(case, dtype)
 
 
+@pytest.mark.parametrize(('dim', 'queries'), [(32, 33), (200, 5)])
 @pytest.mark.parametrize('logits', [False, True])
 @pytest.mark.parametrize('dtype', list(ATOL))
-def test_several_tiles(dtype, logits):
-    check(
-        MsDeformCase(queries=70, heads=2, value_heads=1, dim=32, logits=logits), dtype
+def test_several_tiles(dtype, logits, dim, queries):
+    case = MsDeformCase(
+        batch=1, queries=queries, heads=2, value_heads=1, points=2, dim=dim
     )
+    check(dataclasses.replace(case, logits=logits), dtype)
 
 
 @pytest.mark.parametrize('logits', [False, True])
 def test_deterministic_mode(logits):
-    case = MsDeformCase(queries=40, logits=logits, dim=8)
+    case = MsDeformCase(
+        batch=1, queries=40, heads=2, value_heads=1, logits=logits, dim=8
+    )
     inputs = case.inputs(torch.float32)
     expected = case.run(inputs, 'triton')
     torch.use_deterministic_algorithms(True)

@@ -19,7 +19,8 @@ COLORS = {'all': 'black', 'half': 'C0', 'quarter': 'C2', 'one': 'C3'}
 BEGIN, END = '<!-- results: written by `report` -->', '<!-- end of results -->'
 FIGURES = """\
 Figures 3, 4 and 5 of the paper, for this detector. Bars are one standard deviation over
-seeds, in figure 3 also the middle 60 % of the times.
+seeds, in figure 3 also the middle 60 % of the times. Rows of a single seed are left
+out.
 
 ![mAP against time](results/figure_3.png)
 ![mAP of ways to merge](results/figure_4.png)
@@ -146,24 +147,26 @@ def missing(results: Results) -> str:
 
 
 def draw_time(results: Results, file: Path) -> None:
-    """Figure 3 of the paper: quality against time, after 5 % of uptraining."""
+    """Figure 3 of the paper: quality against time, before and after uptraining."""
     figure, axes = _figure()
-    keys = [BASE, *((name, 'mean', 0.05) for name in KV_HEADS)]
+    keys = [BASE, *((name, 'mean', alpha) for alpha in (0, 0.05) for name in KV_HEADS)]
     for key in keys:
-        maps = results.maps(key)
-        if not maps or key[0] not in results.times_ms:
+        maps = results.maps(key).values()
+        if len(maps) < 2 or key[0] not in results.times_ms:
             continue
         times = statistics.quantiles(results.times_ms[key[0]], n=5)
         middle = statistics.median(results.times_ms[key[0]])
+        uptrained = key[2] > 0
         axes.errorbar(
             [middle],
-            [statistics.fmean(maps.values())],
+            [statistics.fmean(maps)],
             xerr=[[middle - times[0]], [times[-1] - middle]],
-            yerr=_deviation(maps.values()),
-            fmt='o',
+            yerr=_deviation(maps),
+            fmt='o' if uptrained or key == BASE else 's',
+            markerfacecolor=None if uptrained or key == BASE else 'white',
             capsize=3,
             color=COLORS[key[0]],
-            label=LABELS[key[0]],
+            label=LABELS[key[0]] + ('' if key == BASE else f', alpha = {key[2]:g}'),
         )
     axes.set_xlabel('CPU time of one thread for an image (ms)')
     _legend(axes)
@@ -182,7 +185,7 @@ def draw_methods(results: Results, file: Path) -> None:
             )
             for place, method in enumerate(methods)
         ]
-        points = [(place, maps) for place, maps in points if maps]
+        points = [(place, maps) for place, maps in points if len(maps) > 1]
         if not points:
             continue
         axes.errorbar(
@@ -214,7 +217,7 @@ def draw_alphas(results: Results, file: Path) -> None:
             (alpha, results.maps((name, method, alpha)).values())
             for alpha in (0.0, *ALPHAS)
         ]
-        points = [(alpha, list(maps)) for alpha, maps in points if maps]
+        points = [(alpha, list(maps)) for alpha, maps in points if len(maps) > 1]
         if not points:
             continue
         axes.errorbar(

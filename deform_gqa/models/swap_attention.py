@@ -48,10 +48,12 @@ def swap_attention(model: dict | nn.Module, rules: list[dict]) -> nn.Module:
             kept, and the log lists the others; False, all are drawn anew.
 
     Returns:
-        The model. A successor is made by its class's ``from_module`` or, where there is
-        none, with each option of its class that the old module has as an attribute. If
-        both are OpenMMLab's BaseModules, it is an instance of the old class as well:
-        detectors initialise their attention modules by class.
+        The model, or the new module if the model itself is to be swapped (its name is
+        ''). A module that stands in several places stays one. A successor is made
+        by its class's ``from_module`` or, where there is none, with each option of its
+        class that the old module has as an attribute. If both are OpenMMLab's
+        BaseModules, it is an instance of the old class as well: detectors initialise
+        their attention modules by class.
 
     Raises:
         TypeError: For an option that a class does not take.
@@ -61,11 +63,11 @@ def swap_attention(model: dict | nn.Module, rules: list[dict]) -> nn.Module:
     """
     model = MODELS.build(model) if isinstance(model, dict) else model
     for rule in rules:
-        _apply(model, rule)
+        model = _apply(model, rule)
     return model
 
 
-def _apply(model: nn.Module, rule: dict) -> None:
+def _apply(model: nn.Module, rule: dict) -> nn.Module:
     options = dict(rule)
     for name in ('pattern', 'type'):
         if name not in options:
@@ -87,8 +89,19 @@ def _apply(model: nn.Module, rule: dict) -> None:
             f'no {replaced} of the model has a name that fits {rule}; '
             f'{_attention_of(model)}'
         )
-    for name in names:
-        _swap(model, name, cls, options, keep_weights)
+    found = [(name, model.get_submodule(name)) for name in names]
+    made: dict[nn.Module, nn.Module] = {}
+    for name, old in found:
+        if old not in made:
+            made[old] = _replacement(name, old, cls, options, keep_weights)
+        if name == '':
+            return made[old]
+        parent, _, child = name.rpartition('.')
+        setattr(model.get_submodule(parent), child, made[old])
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which torch's own attention alone takes
+    return model
 
 
 def _default_of(cls: type) -> str:
@@ -102,12 +115,12 @@ def _find(model: nn.Module, pattern: re.Pattern, replaced: str) -> list[str]:
     """Names of the modules to be swapped, none of them within another."""
     package, _, class_name = replaced.rpartition('.')
     found = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         cls = type(module)
         fits = cls.__name__ == class_name and pattern.search(name)
         if not fits or package not in ('', cls.__module__.split('.')[0]):
             continue
-        if not any(name.startswith(f'{outer}.') for outer in found):
+        if not any(name.startswith(outer and f'{outer}.') for outer in found):
             found.append(name)
     return found
 
@@ -147,22 +160,31 @@ class MapAttention(nn.Module):
         return self.drop(out.flatten(2).transpose(1, 2))
 
 
-def _swap(model: nn.Module, name: str, cls: type, options: dict, keep_weights) -> None:
-    old = model.get_submodule(name)
+def _replacement(
+    name: str, old: nn.Module, cls: type, options: dict, keep_weights
+) -> nn.Module:
     if issubclass(cls, GroupedMultiheadAttention):
         inner = getattr(old, 'attn', None)
         if isinstance(inner, nn.MultiheadAttention):
-            name, old, cls = f'{name}.attn', inner, WithoutWeights
-        elif not isinstance(old, nn.MultiheadAttention):
+            old.attn = _new_module(
+                f'{name}.attn', inner, WithoutWeights, options, keep_weights
+            )
+            return old
+        if not isinstance(old, nn.MultiheadAttention):
             raise ValueError(
                 f"{cls.__name__} stands for torch's MultiheadAttention or mmcv's, but "
                 f'{name} is a {type(old).__name__}'
             )
-    parent, _, child = name.rpartition('.')
+    return _new_module(name, old, cls, options, keep_weights)
+
+
+def _new_module(
+    name: str, old: nn.Module, cls: type, options: dict, keep_weights
+) -> nn.Module:
     new = _successor(old, cls, options)
     if keep_weights:
         _copy_weights(name, old, new, all_of_them=keep_weights is True)
-    setattr(model.get_submodule(parent), child, new)
+    return new
 
 
 def _successor(old: nn.Module, cls: type, options: dict) -> nn.Module:

@@ -322,6 +322,37 @@ def test_by_class_and_pattern(rule, swapped):
         assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_torchs_encoder_takes_padding():
+    """In evaluation it packs padded sequences, for which torch alone has a kernel."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 4, 8, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 3, 8), torch.tensor([[False] * 3, [False, True, True]])
+    wanted = encoder(x, src_key_padding_mask=padding)
+    out = swap_attention(encoder, [dict(MHA, pattern='.')])(
+        x, src_key_padding_mask=padding
+    )
+    assert_close(out[~padding], wanted[~padding])
+
+
+@pytest.mark.parametrize('kind', [MultiheadAttention, nn.MultiheadAttention])
+def test_a_module_in_two_places_stays_one(kind):
+    block = nn.ModuleDict(dict(attn=kind(8, 4)))
+    model = nn.ModuleDict(dict(first=block, second=block, third=block['attn']))
+    swap_attention(model, [dict(MHA, pattern='.')])
+    assert model['first']['attn'] is model['second']['attn'] is model['third']
+    torchs = [x for x in model.modules() if isinstance(x, nn.MultiheadAttention)]
+    assert not torchs
+
+
+@pytest.mark.parametrize('kind', [MultiheadAttention, nn.MultiheadAttention])
+def test_the_model_itself(kind):
+    model = swap_attention(kind(8, 4), [dict(MHA, pattern='')])
+    swapped = model if kind is nn.MultiheadAttention else model.attn
+    assert isinstance(swapped, GroupedMultiheadAttention)
+
+
 def test_what_does_not_fit_is_listed(caplog):
     rule = dict(MHA, pattern='text', num_kv_heads=2)
     misfit = r'in_proj_weight: \(48, 16\) -> \(32, 16\); in_proj_bias'

@@ -36,7 +36,7 @@ def merge_masks(
     """
     masks = []
     if attn_mask is not None:
-        _check_dtype('attn_mask', attn_mask)
+        check_mask_dtype('attn_mask', attn_mask)
         expected = (length, num_keys)
         if attn_mask.ndim != 2:
             expected = (batch * num_heads, *expected)
@@ -47,7 +47,7 @@ def merge_masks(
             attn_mask = attn_mask.unflatten(0, (batch, num_heads))
         masks.append(attn_mask)
     if key_padding_mask is not None:
-        _check_dtype('key_padding_mask', key_padding_mask)
+        check_mask_dtype('key_padding_mask', key_padding_mask)
         checks.check_shape(
             'key_padding_mask', key_padding_mask, (batch, num_keys), '(B, S)'
         )
@@ -69,6 +69,9 @@ def intersect_masks(first: Tensor, second: Tensor) -> Tensor:
     return first + second
 
 
-def _check_dtype(name: str, mask: Tensor) -> None:
+def check_mask_dtype(name: str, mask: Tensor) -> None:
+    """A boolean or floating tensor."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f'{name} must be a tensor, got {type(mask).__name__}')
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f'{name} must be boolean or floating, got {mask.dtype}')

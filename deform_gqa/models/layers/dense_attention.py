@@ -14,6 +14,7 @@ from deform_gqa.checks import check_int
 from deform_gqa.ops.common import checks
 from deform_gqa.ops.common.autocast import without_autocast
 
+from .attention_mask import check_mask_dtype
 from .base_attention import BaseAttention
 
 Cache = tuple[Tensor, Tensor]
@@ -92,11 +93,21 @@ class GroupedQueryAttention(BaseAttention):
             (B, N, C).
 
         Raises:
-            ValueError: For tokens of another shape, or ``is_causal`` beside a mask.
+            TypeError: For a mask that is neither boolean nor floating.
+            ValueError: For tokens or a mask of another shape, or ``is_causal`` beside a
+                mask.
         """
         self._check_tokens('query', query)
         key_value = query if key_value is None else key_value
         self._check_tokens('key_value', key_value)
+        if len(key_value) != len(query):
+            raise ValueError(
+                f'key_value must have the batch size {len(query)} of query, got '
+                f'{len(key_value)}'
+            )
+        if attn_mask is not None:
+            self._check_mask(attn_mask, query, key_value)
+            attn_mask = torch.atleast_2d(attn_mask)  # as torch's attention takes it
         if is_causal and attn_mask is not None:
             raise ValueError('attn_mask must be None with is_causal=True, got both')
         k, v = self._keys(key_value)
@@ -116,10 +127,11 @@ class GroupedQueryAttention(BaseAttention):
             Outputs (B, n, C), and the cache: keys and values (B, Hkv, S + n, D).
 
         Raises:
-            ValueError: For tokens of another shape.
+            ValueError: For tokens of another shape, or a cache of another batch.
         """
         self._check_tokens('x', x)
         past = 0 if cache is None else cache[0].shape[2]
+        check_cache(cache, len(x))
         k, v = self._keys(x)
         if cache is not None:
             k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
@@ -130,6 +142,16 @@ class GroupedQueryAttention(BaseAttention):
         checks.check_tensor(name, x, 'B N C')
         expected = (*x.shape[:2], self.dim)
         checks.check_shape(name, x, expected, '(B, N, dim)')
+
+    def _check_mask(self, mask: Tensor, query: Tensor, keys: Tensor) -> None:
+        check_mask_dtype('attn_mask', mask)
+        logits = len(query), self.num_heads, query.shape[1], keys.shape[1]
+        sides = zip(reversed(mask.shape), reversed(logits), strict=False)
+        if mask.ndim > 4 or any(side not in (1, of) for side, of in sides):
+            raise ValueError(
+                f'attn_mask must broadcast to (B, Hq, N, S) = {logits}, got '
+                f'{tuple(mask.shape)}'
+            )
 
     def _keys(self, x: Tensor) -> Cache:
         """Keys and values (B, Hkv, S, D)."""
@@ -284,6 +306,18 @@ def attend_heads(
             enable_gqa=q.shape[1] != k.shape[1],
         )
     return out[..., :width]
+
+
+def check_cache(cache: Cache | None, batch: int) -> None:
+    """Both tensors of a decoder's cache are of as many sequences as its step.
+
+    Raises:
+        ValueError: For another number.
+    """
+    if cache is not None and any(len(part) != batch for part in cache):
+        raise ValueError(
+            f'cache must be of {batch} sequences as x, got {[len(x) for x in cache]}'
+        )
 
 
 def causal_mask(length: int, past: int, device: torch.device) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from deform_gqa.checks import check_rate
+from deform_gqa.checks import check_int, check_rate
 from deform_gqa.ops.common import checks
 from deform_gqa.ops.gqa.api import attend_grouped
 
@@ -42,7 +42,7 @@ class GroupedMultiheadAttention(nn.Module):
 
     Raises:
         TypeError: For an option of the wrong type.
-        ValueError: For counts that do not divide, a dropout out of range, or
+        ValueError: For counts below 1 or that do not divide, a dropout out of range, or
             ``value_heads`` that are not Hq numbers from 0 to Hkv - 1.
 
     Source: ``torch.nn.MultiheadAttention``; Ainslie et al., "GQA" (arXiv 2305.13245).
@@ -75,6 +75,8 @@ class GroupedMultiheadAttention(nn.Module):
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
+        check_int('kdim', self.kdim, 1)
+        check_int('vdim', self.vdim, 1)
         self.head_dim = embed_dim // num_heads
         self.dropout, self.batch_first = dropout, batch_first
 

@@ -8,7 +8,7 @@ from deform_gqa.checks import check_int, check_number
 from deform_gqa.ops.common import checks
 
 from .base_attention import BaseAttention
-from .dense_attention import attend_heads, causal_mask
+from .dense_attention import attend_heads, causal_mask, check_cache
 
 FORMS = ('auto', 'expanded', 'absorbed')
 Cache = tuple[Tensor, Tensor]
@@ -115,6 +115,7 @@ class MultiHeadLatentAttention(BaseAttention):
             (B, N, C).
 
         Raises:
+            TypeError: If ``positions`` is no tensor.
             ValueError: For tokens or positions of another shape.
         """
         positions = self._check(x, positions, past=0)
@@ -139,10 +140,13 @@ class MultiHeadLatentAttention(BaseAttention):
             rotated keys (B, S + n, rope_dim).
 
         Raises:
-            ValueError: For tokens or positions of another shape.
+            TypeError: If ``positions`` is no tensor.
+            ValueError: For tokens or positions of another shape, or a cache of another
+                batch.
         """
         past = 0 if cache is None else cache[0].shape[1]
         positions = self._check(x, positions, past)
+        check_cache(cache, len(x))
         new = self._latents(x, positions)
         if cache is not None:
             new = tuple(torch.cat(pair, dim=1) for pair in zip(cache, new, strict=True))
@@ -153,6 +157,10 @@ class MultiHeadLatentAttention(BaseAttention):
         checks.check_shape('x', x, (*x.shape[:2], self.dim), '(B, N, dim)')
         if positions is None:
             return pixel_positions((1, past + x.shape[1]), x.device)[past:]
+        if not isinstance(positions, Tensor):
+            raise TypeError(
+                f'positions must be a tensor, got {type(positions).__name__}'
+            )
         checks.check_shape('positions', positions, (x.shape[1], 2), '(N, 2)')
         return positions
 

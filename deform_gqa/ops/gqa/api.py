@@ -142,7 +142,7 @@ def _weights(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Tensor:
     logits = torch.einsum('bkgnd,bksd->bkgns', grouped, key).flatten(1, 2)
     if logits.dtype != torch.float64:
         logits = logits.float()
-    if attn_mask is None:
+    if attn_mask is None or logits.shape[-1] == 0:
         return logits.softmax(dim=-1).to(query.dtype)
     if attn_mask.dtype == torch.bool:
         logits = logits.masked_fill(~attn_mask, -torch.inf)

@@ -39,7 +39,11 @@ def draw(*shape):
 
 
 def literal(module, query, memory, mask):
-    """softmax(q k^T / sqrt(D)) v, one head after the other; mask: True allows."""
+    """softmax(q k^T / sqrt(D)) v, one head after the other.
+
+    mask: True allows; one for all heads, or a tuple of one for each.
+    """
+    masks = mask if isinstance(mask, tuple) else (mask,) * module.num_heads
     group, width = module.num_heads // module.num_kv_heads, module.head_dim
     q, k, v = (
         x @ proj.weight.T + proj.bias
@@ -54,7 +58,9 @@ def literal(module, query, memory, mask):
         own = slice(head * width, (head + 1) * width)
         shared = slice(head // group * width, (head // group + 1) * width)
         logits = q[..., own] @ k[..., shared].mT / math.sqrt(width)
-        outs.append(logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v[..., shared])
+        outs.append(
+            logits.masked_fill(~masks[head], -torch.inf).softmax(-1) @ v[..., shared]
+        )
     return module.proj_out(torch.cat(outs, dim=-1))
 
 
@@ -141,8 +147,44 @@ def test_bad_tokens():
     with pytest.raises(ValueError, match='attn_mask must be None with is_causal'):
         mask = torch.ones(4, 4, dtype=torch.bool)
         module.forward_tokens(x, attn_mask=mask, is_causal=True)
+    with pytest.raises(ValueError, match='key_value must have the batch size 1 of'):
+        module.forward_tokens(x, draw(2, 3, DIM))
     with pytest.raises(ValueError, match=r'x must have shape \(B, N, C\)'):
         module.decode(x[0])
+    _, cache = module.decode(x)
+    with pytest.raises(ValueError, match=r'cache must be of 2 sequences .*\[1, 1\]'):
+        module.decode(draw(2, 1, DIM), cache)
+
+
+@pytest.mark.parametrize(
+    'shape', [(3,), (1, 3), (4, 3), (6, 4, 1), (2, 1, 1, 3), (2, 6, 4, 3)]
+)
+@pytest.mark.parametrize('dtype', [torch.bool, torch.float32])
+def test_masks_broadcast(shape, dtype):
+    module = make(GroupedQueryAttention)
+    x, memory = draw(2, 4, DIM), draw(2, 3, DIM)
+    allowed = (torch.rand(shape) > 0.5).index_fill(-1, torch.tensor(0), True)
+    mask = allowed
+    if dtype.is_floating_point:
+        mask = torch.zeros(shape).masked_fill(~allowed, -torch.inf)
+    heads = allowed.expand(2, HEADS, 4, 3).unbind(1)
+    out = module.forward_tokens(x, memory, mask)
+    assert_close(out, literal(module, x, memory, heads))
+
+
+@pytest.mark.parametrize(
+    ('mask', 'error', 'message'),
+    [
+        (torch.ones(4, 2) > 0, ValueError, r'= \(2, 6, 4, 3\), got \(4, 2\)'),
+        (torch.ones(3, 1, 1) > 0, ValueError, r'attn_mask .*got \(3, 1, 1\)'),
+        (torch.ones(1, 2, 6, 4, 3) > 0, ValueError, r'got \(1, 2, 6, 4, 3\)'),
+        (torch.ones(4, 3).long(), TypeError, 'attn_mask must be boolean or floating'),
+    ],
+)
+def test_bad_masks(mask, error, message):
+    module = make(GroupedQueryAttention)
+    with pytest.raises(error, match=message):
+        module.forward_tokens(draw(2, 4, DIM), draw(2, 3, DIM), mask)
 
 
 # The einsum forms of arXiv 1911.02150, as printed there (softmax over the memory).

@@ -133,6 +133,15 @@ def test_a_query_without_keys_gets_zeros():
     assert weights.count_nonzero() == 0
 
 
+def test_no_keys_at_all():
+    ours = GroupedMultiheadAttention(DIM, HEADS, 2)
+    query, key, value = inputs()
+    mask = torch.ones(LENGTH, 0).bool()
+    out, weights = ours(query, key[:0], value[:0], attn_mask=mask)
+    assert torch.equal(out, ours.out_proj.bias.expand_as(out))
+    assert weights.shape == (query.shape[1], LENGTH, 0)
+
+
 def test_torchs_encoder_layer_calls_it():
     """In eval mode torch's layers would bypass modules that look like its own."""
     layer = nn.TransformerEncoderLayer(DIM, HEADS, 8, batch_first=True).eval()
@@ -159,6 +168,8 @@ def test_learnt_or_zero_keys_have_no_counterpart(option):
         (dict(num_kv_heads=3), ValueError, 'num_kv_heads=3'),
         (dict(num_kv_heads=1.5), TypeError, 'num_kv_heads must be an integer'),
         (dict(dropout=1.5), ValueError, r'dropout must be in \[0, 1\), got 1.5'),
+        (dict(kdim=8.0), TypeError, 'kdim must be an integer, got 8.0'),
+        (dict(vdim=0), ValueError, 'vdim must be at least 1, got 0'),
     ],
 )
 def test_wrong_options(options, error, message):
@@ -171,6 +182,7 @@ def test_wrong_options(options, error, message):
     [
         (dict(is_causal=True), ValueError, 'is_causal=True needs the attn_mask'),
         (dict(attn_mask=MASK.int()), TypeError, 'attn_mask must be boolean'),
+        (dict(attn_mask=[[True]]), TypeError, 'attn_mask must be a tensor, got list'),
         (dict(attn_mask=MASK.T), ValueError, 'attn_mask must have shape'),
         (dict(key_padding_mask=PADDING[:1]), ValueError, 'key_padding_mask must'),
     ],

@@ -141,6 +141,13 @@ def test_logits_depend_on_differences_of_positions_only():
     assert abs(moved.sum() - near) > 1e-3
 
 
+def test_angles_are_not_rounded_to_half_precision():
+    """bfloat16 has no number between 256 and 258."""
+    x, positions = torch.randn(2, 8).bfloat16(), torch.tensor([[257, 3], [0, 301]])
+    exact = rotate(x.double(), positions, 100.0)
+    assert_close(rotate(x, positions, 100.0).double(), exact, rtol=0, atol=0.02)
+
+
 def test_defaults_follow_the_paper():
     module = MultiHeadLatentAttention(256, 8)
     assert (module.kv_rank, module.rope_dim) == (128, 16)
@@ -169,6 +176,11 @@ def test_bad_tokens():
         module.forward_tokens(draw(1, 4, 20))
     with pytest.raises(ValueError, match=r'positions must have .*= \(4, 2\)'):
         module.forward_tokens(draw(1, 4, DIM), torch.zeros(3, 2))
+    with pytest.raises(TypeError, match='positions must be a tensor, got list'):
+        module.forward_tokens(draw(1, 1, DIM), [[0, 0]])
+    _, cache = module.decode(draw(1, 4, DIM))
+    with pytest.raises(ValueError, match=r'cache must be of 2 sequences .*\[1, 1\]'):
+        module.decode(draw(2, 1, DIM), cache)
 
 
 @pytest.mark.parametrize('form', ['expanded', 'absorbed'])

@@ -52,6 +52,8 @@ class _PixelAttention(BaseAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)
+        expected = (*tokens.shape[:2], self.dim)
+        checks.check_shape('the pixels of x', tokens, expected, '(B, H * W, dim)')
         q, k, v = (
             proj(tokens).unflatten(2, (-1, self.head_dim))
             for proj in (self.proj_q, self.proj_k, self.proj_v)
@@ -353,9 +355,8 @@ class GQATransformerEncoder(nn.Module):
 
 
 def _not(key_padding_mask: Tensor, q: Tensor) -> Tensor:
-    if key_padding_mask.dtype != torch.bool:
-        raise TypeError(
-            f'key_padding_mask must be boolean, got {key_padding_mask.dtype}'
-        )
+    if getattr(key_padding_mask, 'dtype', None) != torch.bool:
+        found = getattr(key_padding_mask, 'dtype', type(key_padding_mask).__name__)
+        raise TypeError(f'key_padding_mask must be boolean, got {found}')
     checks.check_shape('key_padding_mask', key_padding_mask, q.shape[:2], '(B, N)')
     return ~key_padding_mask

@@ -70,6 +70,22 @@ def test_any_map_size(module_class, size):
         assert parameter.grad is not None, name
 
 
+@pytest.mark.parametrize('module_class', MAP_MODULES)
+def test_no_images(module_class):
+    """Every parameter has a gradient, which distributed training waits for."""
+    module = build(module_class, DIM, HEADS)
+    x = draw(0, DIM, 3, 4).requires_grad_()
+    module(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert all((p.grad == 0).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize('module_class', MAP_MODULES)
+def test_wrong_channels(module_class):
+    with pytest.raises(ValueError, match=rf'x must have .*, {DIM}\), got \(1, 12, 5\)'):
+        build(module_class, DIM, HEADS)(draw(1, 5, 3, 4))
+
+
 @pytest.mark.parametrize('module_class', DENSE)
 def test_attention_to_all_is_dense_attention(module_class):
     kv_heads = None if module_class is KeyDrivenGQA else 2
@@ -100,6 +116,13 @@ def test_similarity(options):
         out = group_attention(out, out, out, ids)
     expected = module.proj_out(out.flatten(2)).mT.unflatten(2, (5, 7))
     assert_close(module(x), expected)
+
+
+def test_a_map_has_no_more_groups_than_pixels():
+    few = build(SimilarityGQA, DIM, HEADS, num_groups=6)
+    many = build(SimilarityGQA, DIM, HEADS, num_groups=99, num_subgroups=99)
+    x = draw(1, DIM, 2, 3)
+    assert_close(many(x), few(x))
 
 
 @pytest.mark.parametrize('module_class', MAP_MODULES)
@@ -239,6 +262,11 @@ def test_dropout_of_gqa_attention():
             lambda m, x: m(x, x, x, torch.zeros(1, 5)),
             TypeError,
             r'key_padding_mask must be boolean, got torch\.float32',
+        ),
+        (
+            lambda m, x: m(x, x, x, [[False] * 5]),
+            TypeError,
+            'key_padding_mask must be boolean, got list',
         ),
         (
             lambda m, x: m(x, x, x, torch.zeros(1, 4).bool()),

@@ -17,8 +17,9 @@ from deform_gqa.models import (
     DeformableAttention2D,
     DeformableAttention3D,
 )
-from deform_gqa.models.layers import position_bias
+from deform_gqa.models.layers import deformable_attention, position_bias
 from deform_gqa.models.layers.deformable_attention import BakedBias
+from deform_gqa.ops import deform_attn
 
 FORMS = {
     1: DeformableAttention1D,
@@ -271,9 +272,14 @@ def test_positions_stay_float32_under_autocast():
     torch.manual_seed(0)
     module = DeformableAttention2D(**SMALL)
     x = draw(1, 32, 6, 9, dtype=torch.float32)
+    offset_dtypes = []
+    module.to_offsets[2].register_forward_hook(
+        lambda module, args, out: offset_dtypes.append(out.dtype)
+    )
     with torch.autocast('cpu', dtype=torch.bfloat16):
         out, vgrid = module(x, return_vgrid=True)
     assert (out.dtype, vgrid.dtype) == (torch.bfloat16, torch.float32)
+    assert offset_dtypes == [torch.float32]
     assert_close(out.float(), module(x), atol=2e-2, rtol=2e-2)
 
 
@@ -325,6 +331,24 @@ def test_error_counts_keys_beyond_the_edge():
     corner = module.rel_pos_bias(torch.tensor([-2.0, -2.0]).double())
     further = module.rel_pos_bias(torch.tensor([-2 - 4 / 5, -2 - 4 / 3]).double())
     assert beyond >= (corner - further).abs().max() - 1e-6
+
+
+@pytest.mark.parametrize('size', [(6, 9), (1, 9), (9, 1)])
+def test_keys_beyond_the_edge_are_brought_to_it(size, monkeypatch):
+    """Kernels that are promised positions from -1 to 1 check no bounds."""
+    calls = []
+
+    def spy(q, k, v, pos, table, **options):
+        calls.append((pos.abs().max() <= 1, options['pos_in_range']))
+        return deform_attn(q, k, v, pos, table, **options)
+
+    monkeypatch.setattr(deformable_attention, 'deform_attn', spy)
+    options = dict(offset_scale=20.0, downsample_factor=1, offset_kernel_size=3)
+    module, _ = baked(2, 9, **options)
+    module(draw(2, 32, *size))
+    [(in_range, promised)] = calls
+    assert in_range or not promised
+    assert promised == (1 not in size)
 
 
 def test_table_is_dropped_with_the_weights_it_was_made_of():

@@ -22,6 +22,7 @@ from deform_gqa.conversion.merging import MERGES
 from deform_gqa.engine import load_checkpoint
 from deform_gqa.engine.calibration_data import calibration_batches
 from deform_gqa.engine.checkpoint_io import AtomicLocalBackend
+from deform_gqa.engine.runner_utils import check_has
 
 # What a backbone of a detector has, and a classifier has not.
 OUTPUT_NORMS = re.compile(r'norms\.\d+\.norm\.(weight|bias)')
@@ -78,7 +79,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 
     Raises:
         FileNotFoundError: There is no config.
-        FileExistsError: The new file exists, or is the old one.
+        FileExistsError: The new file exists, or is the old one; or the report's folder
+            is a file.
         ValueError: For a number out of range.
     """
     if not os.path.isfile(args.config):
@@ -86,14 +88,16 @@ def check_arguments(args: argparse.Namespace) -> None:
     if os.path.realpath(args.out) == os.path.realpath(args.checkpoint):
         raise FileExistsError(f'out {args.out!r} is the checkpoint that is read')
     check_out(args.out)
+    if args.report is not None and not os.path.isdir(args.report):
+        check_out(args.report, '--report')
     for name in ('calibrate', 'seed'):
         if getattr(args, name) < 0:
             raise ValueError(f'--{name} must be at least 0, got {getattr(args, name)}')
 
 
-def check_out(out: str) -> None:
+def check_out(out: str, name: str = 'out') -> None:
     if os.path.lexists(out):
-        raise FileExistsError(f'out {out!r} exists')
+        raise FileExistsError(f'{name} {out!r} exists')
 
 
 def parse_kv_heads(values: list[str] | None) -> str | dict[str, str] | None:
@@ -130,6 +134,7 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg = Config.fromfile(args.config)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+    check_has(cfg, 'model', '--config')
     return cfg
 
 
@@ -236,7 +241,7 @@ def main() -> None:
         check_arguments(args)
         checkpoint = load_checkpoint(args.checkpoint, map_location='cpu')
         state, report = convert(args, checkpoint)
-        write(args.out, state, report, checkpoint.get('meta', {}))
+        write(args.out, state, report, checkpoint.get('meta') or {})
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     print(report)

@@ -73,7 +73,9 @@ class AttentionAdapter:
     ) -> dict[str, Tensor]:
         """The remaining parameters when query head i was ``order[i]`` before."""
         return {
-            name: state[name].index_select(dim, torch.as_tensor(order))
+            name: state[name].index_select(
+                dim, torch.as_tensor(order, device=state[name].device)
+            )
             for name, dim in self.tables(module).items()
         }
 
@@ -184,7 +186,8 @@ def read_heads(module: nn.Module, state: State, prefix: str = '') -> AttentionHe
     """The projections of a module, from its weights in a state_dict.
 
     Raises:
-        ValueError: If a parameter is missing or has a shape that does not fit.
+        ValueError: If a parameter is missing, has a shape that does not fit, or holds
+            numbers that are not finite.
     """
     adapter = find_adapter(module)
     names, num_heads = adapter.names(module), adapter.num_heads(module)
@@ -196,7 +199,7 @@ def read_heads(module: nn.Module, state: State, prefix: str = '') -> AttentionHe
         if name is None:
             return None
         heads = {r: counts[r] for r in 'qkv' if getattr(names, r)[kind] == name}
-        tensor = _get(state, prefix, name).double().cpu()
+        tensor = _get_finite(state, prefix, name)
         if tensor.shape[0] != sum(heads.values()) * head_dim:
             raise ValueError(
                 f'{prefix}{name} has shape {tuple(tensor.shape)}, expected '
@@ -206,10 +209,10 @@ def read_heads(module: nn.Module, state: State, prefix: str = '') -> AttentionHe
         tensor = tensor[list(heads).index(role)]
         return tensor.flatten(2) if kind == 0 else tensor
 
-    out = _get(state, prefix, names.out[0]).double().cpu().flatten(1)
+    out = _get_finite(state, prefix, names.out[0]).flatten(1)
     out_bias = None
     if names.out[1] is not None:
-        out_bias = _get(state, prefix, names.out[1]).double().cpu()
+        out_bias = _get_finite(state, prefix, names.out[1])
     return AttentionHeads(
         *(Projection(part(role, 0), part(role, 1)) for role in 'qkv'),
         out=out.T.unflatten(0, (num_heads, head_dim)),
@@ -270,3 +273,10 @@ def _get(state: State, prefix: str, name: str) -> Tensor:
     if prefix + name not in state:
         raise ValueError(f'the state_dict has no {prefix + name}')
     return state[prefix + name]
+
+
+def _get_finite(state: State, prefix: str, name: str) -> Tensor:
+    tensor = _get(state, prefix, name).double().cpu()
+    if not tensor.isfinite().all():
+        raise ValueError(f'{prefix}{name} holds numbers that are not finite')
+    return tensor

@@ -15,7 +15,7 @@ from deform_gqa.models.backbones.dat_checkpoint import (
 
 from .adapter import State
 from .convert import convert_state_dict
-from .kv_heads import KVHeads
+from .kv_heads import KVHeads, check_pattern
 from .layers import skeleton
 from .report import ConversionReport
 
@@ -51,6 +51,8 @@ def convert_checkpoint(
         ValueError: As :func:`convert_state_dict`, and for keys that the model does not
             have, or tensors of another shape, naming them.
     """
+    for pattern in ignore:
+        check_pattern('ignore', pattern)
     state = adapt_names(checkpoint, model)
     state = {
         name: value
@@ -87,10 +89,10 @@ def _adapt_backbone(state: State, backbone: DAT, prefix: str) -> dict[str, Tenso
 
 
 def check_keys(state: State, model: nn.Module, source: str) -> None:
-    """Checks that the model has all keys.
+    """Checks that the model has all keys, and that they are tensors.
 
     Raises:
-        ValueError: Naming those that it does not have.
+        ValueError: Naming those that it does not have, or that are something else.
     """
     known = model.state_dict()
     unknown = [name for name in state if name not in known]
@@ -99,6 +101,9 @@ def check_keys(state: State, model: nn.Module, source: str) -> None:
             f'{source} has {len(unknown)} of {len(state)} keys that '
             f'{type(model).__name__} does not have: {_some(unknown)}'
         )
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f'{source} has keys that are no tensors: {_some(others)}')
 
 
 def check_shapes(state: State, model: nn.Module, source: str) -> None:

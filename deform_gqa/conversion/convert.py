@@ -31,7 +31,7 @@ from .grouping import (
     similar_groups,
 )
 from .heads import AttentionHeads, Moments
-from .kv_heads import KVHeads
+from .kv_heads import KVHeads, check_pattern
 from .layers import Layer, find_layers, with_kv_heads
 from .merging import MERGES, merge_heads
 from .report import ConversionReport, LayerReport
@@ -221,6 +221,7 @@ def _by_layer(grouping: Any, layers: list[Layer]) -> dict[str, Any]:
     """The grouping of each layer; 'adjacent' where no pattern of a mapping fits."""
     grouping = _by_pattern(grouping)
     for pattern, choice in grouping.items():
+        check_pattern('grouping', pattern)
         for value in _sides(choice):
             if isinstance(value, str) and value not in GROUPINGS:
                 raise ValueError(

@@ -7,6 +7,7 @@ kv head h // (Hq / Hkv), the heads are put in the order of the lists.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -130,10 +131,14 @@ def check_groups(
         ValueError: If they are not ``num_groups`` lists of equal length that hold each
             head once, or if the order of heads that they need breaks ``period``.
     """
-    groups = [list(group) for group in groups]
-    heads = sorted(head for group in groups for head in group)
-    sizes = {len(group) for group in groups}
-    if len(groups) != num_groups or len(sizes) != 1 or heads != list(range(num_heads)):
+    groups = [list(x) if isinstance(x, Sequence) else x for x in groups]
+    if not (
+        all(isinstance(group, list) for group in groups)
+        and all(isinstance(head, Integral) for group in groups for head in group)
+        and len(groups) == num_groups
+        and len({len(group) for group in groups}) == 1
+        and sorted(h for group in groups for h in group) == list(range(num_heads))
+    ):
         raise ValueError(
             f'grouping must be {num_groups} lists of equal length that hold each of '
             f'the heads 0 to {num_heads - 1} once, got {groups}'

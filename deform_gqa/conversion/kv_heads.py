@@ -5,9 +5,26 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from deform_gqa.checks import check_int
+from deform_gqa.checks import check_int, describe
 
 KVHeads = int | float | str | Mapping[str, int | float | str] | None
+
+
+def check_pattern(option: str, pattern: Any) -> None:
+    """Checks that a pattern for names is a regular expression.
+
+    Raises:
+        TypeError: If it is no string.
+        ValueError: If it cannot be compiled.
+    """
+    if not isinstance(pattern, str):
+        raise TypeError(f'{option}: patterns must be strings, got {describe(pattern)}')
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f'{option}: {pattern!r} is no regular expression: {error}'
+        ) from error
 
 
 def resolve_num_kv_heads(
@@ -36,6 +53,7 @@ def resolve_num_kv_heads(
     if not isinstance(num_kv_heads, Mapping):
         num_kv_heads = {'': num_kv_heads}
     for pattern in num_kv_heads:
+        check_pattern('num_kv_heads', pattern)
         if not any(re.search(pattern, name) for name in modules):
             raise ValueError(
                 f'num_kv_heads: the pattern {pattern!r} fits none of the attention '
@@ -60,7 +78,8 @@ def _number(given: Any, num_heads: int, name: str) -> int:
                 f"num_kv_heads must be a number or a fraction such as '1/4', got "
                 f'{value!r}'
             ) from error
-        count = value if value.denominator == 1 else value * num_heads
+        is_share = '/' in given or '.' in given  # '4/4' and '1.0' are no single head
+        count = value * num_heads if is_share else value
     elif isinstance(value, float):
         if not 0 < value <= 1:
             raise ValueError(

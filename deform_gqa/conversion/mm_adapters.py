@@ -10,7 +10,32 @@ from torch import nn
 
 from deform_gqa.models.layers import GroupedMultiheadAttention, GroupedWindowMSA
 
-from .adapter import AttentionAdapter, Names, register_adapter
+from .adapter import AttentionAdapter, Names, full_name, register_adapter
+
+WINDOW_MSA = 'mmdet.models.backbones.swin.WindowMSA'
+
+
+def replace(module: nn.Module, new_class: type, num_kv_heads: int) -> nn.Module:
+    """A new module of our class; parameters that were frozen are so."""
+    new = new_class.from_module(module, num_kv_heads)
+    for name, parameter in module.named_parameters():
+        new.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return new
+
+
+def check_forward(module: nn.Module, base: str) -> None:
+    """Checks that a module computes what the class of this full name does.
+
+    Raises:
+        ValueError: For a subclass with a ``forward`` of its own, which would be lost.
+    """
+    [original] = [cls for cls in type(module).__mro__ if full_name(cls) == base]
+    if type(module).forward is not original.forward:
+        raise ValueError(
+            f'{type(module).__name__} has a forward of its own, which the module that '
+            f'takes the place of {original.__name__} would not have; register_adapter '
+            'makes a class known'
+        )
 
 
 @register_adapter(nn.MultiheadAttention, GroupedMultiheadAttention)
@@ -33,12 +58,13 @@ class MultiheadAttentionAdapter(AttentionAdapter):
 
     def check(self, module: nn.Module) -> None:
         if not isinstance(module, GroupedMultiheadAttention):
+            check_forward(module, full_name(nn.MultiheadAttention))
             GroupedMultiheadAttention.check_original(module)
 
     def with_kv_heads(self, module: nn.Module, num_kv_heads: int) -> nn.Module:
         if isinstance(module, GroupedMultiheadAttention):
             return super().with_kv_heads(module, num_kv_heads)
-        return GroupedMultiheadAttention.from_module(module, num_kv_heads)
+        return replace(module, GroupedMultiheadAttention, num_kv_heads)
 
     def value_heads(self, module: nn.Module) -> tuple[int, ...] | None:
         return getattr(module, 'value_heads', None)
@@ -51,7 +77,7 @@ class MultiheadAttentionAdapter(AttentionAdapter):
         return call['query'], call['key'], call['value']
 
 
-@register_adapter('mmdet.models.backbones.swin.WindowMSA', GroupedWindowMSA)
+@register_adapter(WINDOW_MSA, GroupedWindowMSA)
 class WindowMSAAdapter(AttentionAdapter):
     """The attention of Swin."""
 
@@ -63,10 +89,14 @@ class WindowMSAAdapter(AttentionAdapter):
     def num_kv_heads(self, module: nn.Module) -> int:
         return getattr(module, 'num_kv_heads', module.num_heads)
 
+    def check(self, module: nn.Module) -> None:
+        if not isinstance(module, GroupedWindowMSA):
+            check_forward(module, WINDOW_MSA)
+
     def tables(self, module: nn.Module) -> dict[str, int]:
         return {'relative_position_bias_table': 1}
 
     def with_kv_heads(self, module: nn.Module, num_kv_heads: int) -> nn.Module:
         if isinstance(module, GroupedWindowMSA):
             return super().with_kv_heads(module, num_kv_heads)
-        return GroupedWindowMSA.from_module(module, num_kv_heads)
+        return replace(module, GroupedWindowMSA, num_kv_heads)

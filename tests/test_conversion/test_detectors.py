@@ -90,3 +90,16 @@ def test_calibration_runs_every_layer(detector):
     )
     for layer in report.layers:
         assert layer.error < layer.error_before_refit
+
+
+def test_frozen_stages_stay_frozen():
+    detector = build(DETECTORS['swin']())
+    detector.backbone.frozen_stages = 1
+    detector.backbone.train()
+    converted, _ = convert_model(detector, '1/2')
+    frozen = [
+        {name for name, x in model.named_parameters() if not x.requires_grad}
+        for model in (detector, converted)
+    ]
+    assert any('w_msa.qkv' in name for name in frozen[0])
+    assert frozen[1] == frozen[0]

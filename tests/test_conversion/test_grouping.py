@@ -86,7 +86,16 @@ def test_given_groups():
 
 @pytest.mark.parametrize(
     'groups',
-    [[[0, 1]], [[0, 1], [2]], [[0, 1], [1, 2]], [[0, 1], [2, 4]], [[0, 1, 2, 3]]],
+    [
+        [[0, 1]],
+        [[0, 1], [2]],
+        [[0, 1], [1, 2]],
+        [[0, 1], [2, 4]],
+        [[0, 1, 2, 3]],
+        [0, 1, 2, 3],
+        [[0, 1], [2, '3']],
+        [[0, 1], [2.0, 3]],
+    ],
 )
 def test_lists_that_are_no_groups(groups):
     with pytest.raises(ValueError, match='2 lists of equal length'):

@@ -16,6 +16,8 @@ MODULES = {'a.0': (8, 8), 'a.1': (4, 2), 'b.0': (8, 4)}
         (0.25, {'a.0': 2, 'a.1': 1, 'b.0': 2}),
         ('1/4', {'a.0': 2, 'a.1': 1, 'b.0': 2}),
         (1.0, {'a.0': 8, 'a.1': 4, 'b.0': 8}),
+        ('1.0', {'a.0': 8, 'a.1': 4, 'b.0': 8}),
+        ('4/4', {'a.0': 8, 'a.1': 4, 'b.0': 8}),
         ({'a': 1, r'\.0$': '1/2'}, {'a.0': 1, 'a.1': 1, 'b.0': 4}),
         ({'b': 0.5}, {'b.0': 4}),
     ],
@@ -36,6 +38,7 @@ def test_numbers(num_kv_heads, expected):
         ('many', "a fraction such as '1/4', got 'many'"),
         ('1/0', "a fraction such as '1/4', got '1/0'"),
         (1.5, r'must be in \(0, 1\], got 1.5'),
+        ({'[': 1}, r"num_kv_heads: '\[' is no regular expression"),
         ({'c': 1}, "the pattern 'c' fits none of the attention modules"),
     ],
 )
@@ -48,3 +51,8 @@ def test_wrong_numbers(num_kv_heads, message):
 def test_wrong_types(num_kv_heads):
     with pytest.raises(TypeError, match='num_kv_heads must be an integer'):
         resolve_num_kv_heads(num_kv_heads, MODULES)
+
+
+def test_patterns_of_another_type():
+    with pytest.raises(TypeError, match='patterns must be strings, got 0 of type int'):
+        resolve_num_kv_heads({0: 1}, MODULES)

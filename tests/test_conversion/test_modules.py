@@ -143,6 +143,48 @@ def test_patterns_leave_other_modules_alone():
     assert type(converted['c']) is nn.MultiheadAttention
 
 
+def test_frozen_parameters_stay_frozen():
+    module = attention()
+    module.in_proj_weight.requires_grad_(False)
+    converted, _ = convert_model(module, 2)
+    for name, parameter in converted.named_parameters():
+        assert parameter.requires_grad == (name != 'in_proj_weight')
+
+
+class Doubled(nn.MultiheadAttention):
+    def forward(self, *args, **kwargs):
+        out, weights = super().forward(*args, **kwargs)
+        return 2 * out, weights
+
+
+def test_a_forward_of_its_own_is_not_lost():
+    with pytest.raises(ValueError, match='Doubled has a forward of its own'):
+        convert_model(Doubled(DIM, HEADS), 2)
+
+
+def test_patterns_that_are_no_regular_expressions():
+    with pytest.raises(ValueError, match=r"grouping: '\(' is no regular expression"):
+        convert_model(attention(), 2, {'(': 'adjacent'})
+    state = attention().state_dict()
+    with pytest.raises(ValueError, match=r"ignore: '\(' is no regular expression"):
+        convert_checkpoint(state, attention(), 2, ignore=['('])
+
+
+def test_weights_that_are_not_finite():
+    state = attention().state_dict()
+    state['in_proj_bias'][3] = float('nan')
+    with pytest.raises(ValueError, match='in_proj_bias holds numbers that are not'):
+        convert_state_dict(state, attention(), 2)
+
+
+@pytest.mark.cuda
+def test_tables_are_reordered_on_their_device():
+    module = WindowAttention(DIM, HEADS, window_size=2).cuda()
+    converted, _ = convert_model(module, 2, [[0, 2], [1, 3]])
+    table = converted.relative_position_bias_table
+    assert torch.equal(table, module.relative_position_bias_table[:, [0, 2, 1, 3]])
+
+
 def test_gradients_reach_the_converted_parameters(x):
     converted, _ = convert_model(attention(), 1)
     converted(x, x, x)[0].square().sum().backward()

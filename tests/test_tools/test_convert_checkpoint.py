@@ -229,6 +229,38 @@ def test_the_new_file_must_be_new(tool, trained, tmp_path, capsys):
     assert out.read_text() == 'precious'
 
 
+def test_the_report_goes_to_a_folder(tool, trained, tmp_path, capsys):
+    file = tmp_path / 'report'
+    file.touch()
+    out = tmp_path / 'converted.pth'
+    error = refused(tool, tmp_path, capsys, trained, out, *OPTIONS, '--report', file)
+    assert f'--report {str(file)!r} exists' in error
+
+
+def test_config_without_a_model(tool, trained, tmp_path, capsys):
+    config = tmp_path / 'empty.py'
+    config.touch()
+    out = tmp_path / 'converted.pth'
+    error = refused(tool, tmp_path, capsys, trained, out, '--config', config)
+    assert '--config needs model in the config' in error
+
+
+def test_checkpoint_without_meta(tool, state, tmp_path):
+    trained = tmp_path / 'trained.pth'
+    torch.save(dict(state_dict=state, meta=None), trained)
+    tool(trained, tmp_path / 'converted.pth', *OPTIONS)
+    assert 'head_conversion' in load_checkpoint(tmp_path / 'converted.pth')['meta']
+
+
+def test_keys_that_are_no_tensors(tool, state, tmp_path, capsys):
+    name = f'{LAYER}.proj_q.weight'
+    trained = tmp_path / 'trained.pth'
+    torch.save(dict(state_dict={**state, name: 3}), trained)
+    out = tmp_path / 'converted.pth'
+    error = refused(tool, tmp_path, capsys, trained, out, *OPTIONS)
+    assert f'has keys that are no tensors: {name}' in error
+
+
 def test_calibration_needs_data(tool, trained, tmp_path, capsys):
     config = tmp_path / 'no_data.py'
     Config(dict(model=Config.fromfile(CONFIG).model)).dump(config)

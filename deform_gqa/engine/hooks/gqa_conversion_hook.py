@@ -5,13 +5,13 @@ from pathlib import Path
 
 from mmengine.dist import broadcast, is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 
 from deform_gqa.checks import check_bool, check_int
 from deform_gqa.conversion import convert_checkpoint
 from deform_gqa.engine.calibration_data import calibration_batches
+from deform_gqa.engine.unwrap import unwrap_model
 
 __all__ = ['GQAConversionHook']
 
@@ -34,8 +34,9 @@ class GQAConversionHook(Hook):
             options that need them and to report the errors of the outputs; 0 for none.
         refit_output: As in ``convert_state_dict``; needs ``calibrate``.
         seed: For the images' random transforms, and for ``merge='random'``.
-        ignore: Regular expressions of keys that are not loaded, for example those of a
-            head with another number of classes.
+        ignore: Regular expressions of keys that training does not start with, for
+            example those of a head with another number of classes. A checkpoint that
+            is only validated or tested is loaded with them.
 
     Raises:
         TypeError: For a number of another type.
@@ -67,15 +68,15 @@ class GQAConversionHook(Hook):
         """Replaces the weights in the checkpoint, unless a run is resumed."""
         if runner._resume:
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        trains = isinstance(runner._train_loop, BaseLoop)  # else it is still a config
         calibration = None
         if self.calibrate:
             calibration = self._calibration(runner)
         state, report = convert_checkpoint(
             checkpoint,
-            model,
+            unwrap_model(runner.model),
             source=str(runner._load_from),
-            ignore=self.ignore,
+            ignore=self.ignore if trains else (),
             calibration=calibration,
             **self.options,
         )

@@ -121,7 +121,9 @@ def resample_tables(state: Mapping, model: nn.Module) -> dict[str, Tensor]:
     target = model.state_dict()
     return {
         name: _resample(name, value, target[name], model)
-        if name in target and value.shape != target[name].shape
+        if name in target
+        and isinstance(value, Tensor)
+        and value.shape != target[name].shape
         else value
         for name, value in state.items()
     }

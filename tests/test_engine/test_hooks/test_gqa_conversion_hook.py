@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.model import BaseTTAModel
 from tiny_uptraining import ARCH, TinyModel, WeightsHook, make_runner
 
 from deform_gqa.conversion import convert_state_dict
@@ -173,6 +174,35 @@ def test_checkpoints_that_do_not_fit(tmp_path, trained, change, message):
         train(tmp_path / 'run', HOOK, load_from=str(path))
     hook = dict(HOOK, ignore=list(change))
     train(tmp_path / 'ignored', hook, load_from=str(path))
+
+
+def start_test(tmp_path, model, path, hook):
+    """Loads a checkpoint as a test does."""
+    runner = make_runner(
+        tmp_path / 'test', model=model, load_from=str(path), custom_hooks=[hook]
+    )
+    runner.load_or_resume()
+    return runner.model.state_dict()
+
+
+def test_tested_checkpoints_are_loaded_whole(tmp_path, converted):
+    """What training does not start with is part of what it ends with."""
+    path = tmp_path / 'uptrained.pth'
+    torch.save(dict(state_dict=converted), path)
+    hook = dict(HOOK, ignore=['patch_proj'])
+    assert_equal(start_test(tmp_path, TinyModel(1), path, hook), converted)
+
+
+class Augmented(BaseTTAModel):
+    def merge_preds(self, data_samples_list):
+        return data_samples_list[0]
+
+
+def test_models_with_test_time_augmentation(tmp_path, checkpoint, converted):
+    model = Augmented(TinyModel(1))
+    state = start_test(tmp_path, model, checkpoint, HOOK)
+    expected = {f'module.{name}': x for name, x in converted.items()}
+    assert_equal(state, expected)
 
 
 @pytest.mark.parametrize(

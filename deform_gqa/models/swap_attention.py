@@ -10,7 +10,8 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .layers.base_attention import BaseAttention
+from deform_gqa.checks import describe
+
 from .layers.grouped_multihead_attention import GroupedMultiheadAttention
 from .layers.registered import describe_kinds
 
@@ -40,10 +41,10 @@ def swap_attention(model: dict | nn.Module, rules: list[dict]) -> nn.Module:
             'mmcv.MultiheadAttention', 'torch.MultiheadAttention'. By default it is
             'MultiScaleDeformableAttention' for MSDeformAttn, 'MultiheadAttention' for
             GroupedMultiheadAttention, 'WindowMSA' for GroupedWindowMSA, and
-            'ShiftWindowMSA' of Swin for the attention modules of DAT's blocks, which
-            have other weights (``keep_weights=False``). mmcv's MultiheadAttention is a
-            shell around torch's, in which the swap then takes place. ``keep_weights``
-            says what becomes of the old weights: True (the
+            'ShiftWindowMSA' of Swin for classes that take ``dim``, as those of DAT's
+            blocks do, which have other weights (``keep_weights=False``). mmcv's
+            MultiheadAttention is a shell around torch's, in which the swap then takes
+            place. ``keep_weights`` says what becomes of the old weights: True (the
             default), they are all kept or it is an error; 'fitting', those that fit are
             kept, and the log lists the others; False, all are drawn anew.
 
@@ -56,23 +57,29 @@ def swap_attention(model: dict | nn.Module, rules: list[dict]) -> nn.Module:
         their attention modules by class.
 
     Raises:
-        TypeError: For an option that a class does not take.
-        ValueError: For a rule without ``pattern`` or ``type``, with an unknown type or
-            ``keep_weights``, or one that fits no module; or if the weights do not fit,
-            as with fewer kv heads. Each says what there is.
+        TypeError: For an option that a class does not take, or a model or a rule of the
+            wrong type.
+        ValueError: For a rule without ``pattern`` or ``type``, with a pattern that is
+            no regular expression, an unknown type or ``keep_weights``, or one that fits
+            no module; or if the weights do not fit, as with fewer kv heads. Each says
+            what there is.
     """
     model = MODELS.build(model) if isinstance(model, dict) else model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a dict or a module, got {describe(model)}')
     for rule in rules:
         model = _apply(model, rule)
     return model
 
 
 def _apply(model: nn.Module, rule: dict) -> nn.Module:
+    if not isinstance(rule, dict):
+        raise TypeError(f'rules must be dicts in a list, got {describe(rule)}')
     options = dict(rule)
     for name in ('pattern', 'type'):
         if name not in options:
             raise ValueError(f'a rule of swap_attention needs {name!r}, got {rule}')
-    pattern = re.compile(options.pop('pattern'))
+    pattern = _compile(options.pop('pattern'))
     keep_weights = options.pop('keep_weights', True)
     if keep_weights not in KEEP_WEIGHTS:
         raise ValueError(
@@ -82,7 +89,11 @@ def _apply(model: nn.Module, rule: dict) -> nn.Module:
     cls = MODELS.get(kind) if isinstance(kind, str) else kind
     if cls is None:
         raise ValueError(f'{kind!r} is not registered in MODELS; {describe_kinds()}')
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f'type must be a class of modules, got {describe(kind)}')
     replaced = options.pop('replaces', _default_of(cls))
+    if not isinstance(replaced, str):
+        raise TypeError(f'replaces must name a class, got {describe(replaced)}')
     names = _find(model, pattern, replaced)
     if not names:
         raise ValueError(
@@ -104,11 +115,27 @@ def _apply(model: nn.Module, rule: dict) -> nn.Module:
     return model
 
 
+def _compile(pattern: str) -> re.Pattern:
+    if not isinstance(pattern, str):
+        raise TypeError(f'pattern must be a string, got {describe(pattern)}')
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f'pattern must be a regular expression, got {pattern!r}: {error}'
+        ) from error
+
+
 def _default_of(cls: type) -> str:
     """The class that a type stands for."""
-    if isinstance(cls, type) and issubclass(cls, BaseAttention):
+    if _maps(cls):
         return 'ShiftWindowMSA'
     return REPLACES.get(cls.__name__, 'MultiScaleDeformableAttention')
+
+
+def _maps(cls: type) -> bool:
+    """Whether a class has the interface of DAT's blocks: ``dim``, maps in and out."""
+    return 'dim' in inspect.signature(cls).parameters
 
 
 def _find(model: nn.Module, pattern: re.Pattern, replaced: str) -> list[str]:
@@ -191,9 +218,11 @@ def _successor(old: nn.Module, cls: type, options: dict) -> nn.Module:
     options = copy.deepcopy(options)
     if hasattr(cls, 'from_module'):
         new = cls.from_module(old, **options)
-    elif type(old).__name__ == 'ShiftWindowMSA' and issubclass(cls, BaseAttention):
+    elif type(old).__name__ == 'ShiftWindowMSA' and _maps(cls):
         window = old.w_msa
-        options = {**dict(dim=window.embed_dims, num_heads=window.num_heads), **options}
+        options.setdefault('dim', window.embed_dims)
+        if 'num_heads' in inspect.signature(cls).parameters:
+            options.setdefault('num_heads', window.num_heads)
         new = MapAttention(cls(**options), old.drop)
         new.to(window.qkv.weight).train(old.training)
     else:

@@ -279,6 +279,23 @@ def test_attention_of_blocks_in_swin():
     assert block.qkv.weight.grad.any()
 
 
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(type='DepthwiseConv'),
+        dict(type='DeformableAttention2D', heads=2, dim_head=4, downsample_factor=2),
+    ],
+)
+def test_any_block_in_swin(options):
+    """Those too that are no BaseAttention, and take no ``num_heads``."""
+    swin = SwinTransformer(
+        embed_dims=8, depths=(1,), num_heads=(2,), strides=(4,), out_indices=(0,)
+    )
+    swap_attention(swin, [dict(options, pattern='stages', keep_weights=False)])
+    (out,) = swin(torch.randn(1, 3, 20, 28))
+    assert out.shape == (1, 8, 5, 7)
+
+
 class Plain(nn.Module):
     """Attention of torch, and of mmcv around torch's."""
 
@@ -398,8 +415,23 @@ def test_what_does_not_fit_is_listed(caplog):
             r'num_kv_heads=3; possible are \[1, 2, 4\]',
         ),
         (dict(MHA, pattern='text', heads=2), TypeError, "'heads'"),
+        (dict(MHA, pattern=3), TypeError, 'pattern must be a string, got 3'),
+        (dict(MHA, pattern='('), ValueError, r"pattern .* got '\(': missing"),
+        (dict(pattern='.', type=3), TypeError, 'type must be a class .* got 3'),
+        (
+            dict(pattern='.', type='swap_attention'),
+            TypeError,
+            "must be a class of modules, got 'swap_attention'",
+        ),
+        (dict(MHA, pattern='.', replaces=3), TypeError, 'replaces must name a class'),
+        ('text', TypeError, "rules must be dicts in a list, got 'text'"),
     ],
 )
 def test_errors_say_what_is_possible(rule, error, message):
     with pytest.raises(error, match=message):
         swap_attention(Plain(), [rule])
+
+
+def test_a_model_that_is_none():
+    with pytest.raises(TypeError, match='model must be a dict or a module, got 3'):
+        swap_attention(3, [])

@@ -20,6 +20,12 @@ def pair(**options):
     return original, ours
 
 
+@pytest.mark.parametrize('training', [False, True])
+def test_the_mode_is_that_of_the_original(training):
+    original = pair()[0].train(training)
+    assert GroupedWindowMSA.from_module(original).training == training
+
+
 @pytest.fixture
 def x():
     torch.manual_seed(1)

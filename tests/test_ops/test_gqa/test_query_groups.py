@@ -56,6 +56,12 @@ def sizes_of(ids, groups):
 # Grouping
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_is_for_storage_only(dtype):
+    x = draw(4, 200, 16).to(dtype)
+    assert torch.equal(group_queries(x, 8), group_queries(x.float(), 8))
+
+
 @pytest.mark.parametrize('sizes', [(5, 5, 5), (1, 20, 3, 9), (12,)])
 def test_separate_clusters_are_the_groups(sizes):
     x, labels = clusters(sizes)

@@ -234,6 +234,37 @@ def test_aligned_heads_are_the_best(measure, query):
             part -= change
 
 
+def inputs_moment():
+    """The second moment of inputs with unequal directions and a mean."""
+    scale = torch.linspace(0.1, 3, CHANNELS, dtype=torch.float64)
+    x = random(TOKENS, CHANNELS) * scale[torch.randperm(CHANNELS)] + 2
+    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    return x.T @ x / TOKENS
+
+
+@pytest.mark.parametrize('query', ['any', 'none'])
+def test_alignment_weighs_the_inputs(query):
+    """Logits have the least error for the queries there are; means of keys cancel."""
+    heads = make()
+    q, k = inputs_moment(), inputs_moment()
+    centred = k - torch.outer(k[:, -1], k[:, -1])
+
+    def error_with(**moments):
+        merged = merge_heads(
+            heads, GROUPS, 'aligned', freedom=Freedom(query), moments=Moments(**moments)
+        )
+        have, want = (
+            x.q.columns.mT @ x.k.weight.repeat_interleave(HEADS // x.num_kv_heads, 0)
+            for x in (merged, heads)
+        )
+        change = have - want
+        return float((change.mT @ q @ change * centred[:-1, :-1]).sum())
+
+    least = error_with(q=q, k=k)
+    assert least < 0.95 * error_with(k=k)
+    assert least == pytest.approx(error_with(q=q, k=centred))
+
+
 def test_merged_weights_keep_their_size():
     heads = make()
     merged = merge_heads(heads, GROUPS, 'aligned', freedom=Freedom())

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -44,7 +45,8 @@ class Calibrator:
 
     Raises:
         TypeError: For batches of another type.
-        ValueError: If there are none, or an attention module does not run.
+        ValueError: If there are none, an attention module does not run, or what it
+            gets or returns is not finite.
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class Calibrator:
                 self._watch_inputs(layer, sums[layer.name], hooks)
             self._run()
         self._check_ran({name: moment['k'].count for name, moment in sums.items()})
+        for name, roles in sums.items():
+            _check_finite(name, sum(float(x.sum.sum()) for x in roles.values()))
         return {
             name: Moments(**{role: moment.mean for role, moment in roles.items()})
             for name, roles in sums.items()
@@ -96,6 +100,8 @@ class Calibrator:
 
         self._run_beside(state_dict, add)
         self._check_ran({name: sums.count for name, sums in statistics.items()})
+        for name, sums in statistics.items():
+            _check_finite(name, sums.error)
         return statistics
 
     def learn(
@@ -390,6 +396,13 @@ def _backward(
         for parameter, value in zip(own, learned.values(), strict=True)
     ]
     torch.autograd.backward(list(learned.values()), gradients)
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f'calibration: inputs or outputs of {name or "the module"} are not finite'
+        )
 
 
 def _tokens(projection: nn.Module, x: Tensor) -> Tensor:

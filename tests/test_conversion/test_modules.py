@@ -10,6 +10,7 @@ from torch import nn
 
 from deform_gqa.conversion import (
     AttentionAdapter,
+    Freedom,
     Names,
     SeparateGrouping,
     adapter,
@@ -143,6 +144,32 @@ def test_patterns_leave_other_modules_alone():
     assert type(converted['c']) is nn.MultiheadAttention
 
 
+def test_random_heads_of_two_layers_differ():
+    model = nn.ModuleList([attention(), attention()])
+    with torch.no_grad():
+        model[1].in_proj_weight.neg_()
+    converted, _ = convert_model(model, 2, merge='random')
+    first, second = (layer.in_proj_weight[DIM:] for layer in converted)
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize(
+    ('query', 'groups'),
+    [('any', [[0, 1], [2, 3]]), ('none', [[0, 2], [1, 3]])],
+)
+def test_rotated_keys_are_alike_where_queries_may_turn(query, groups, monkeypatch):
+    module = attention()
+    copy_heads(module, [], [(0, 1), (0, 2), (0, 3)])
+    rows = module.in_proj_weight.detach().unflatten(0, (3, HEADS, -1))[1]
+    rows[2] += rows[0]
+    rows[1], rows[3] = rows[0].flip(0), rows[2].flip(0)
+    module.in_proj_bias.detach()[DIM : 2 * DIM] = 0
+    find = adapter.find_adapter(module)
+    monkeypatch.setattr(find, 'freedom', lambda module: Freedom(query), raising=False)
+    _, report = convert_model(module, 2, 'similarity', 'aligned')
+    assert report.layers[0].groups == groups
+
+
 def test_frozen_parameters_stay_frozen():
     module = attention()
     module.in_proj_weight.requires_grad_(False)
@@ -175,6 +202,15 @@ def test_weights_that_are_not_finite():
     state['in_proj_bias'][3] = float('nan')
     with pytest.raises(ValueError, match='in_proj_bias holds numbers that are not'):
         convert_state_dict(state, attention(), 2)
+
+
+@pytest.mark.parametrize('merge', ['mean', 'aligned'])
+def test_calibration_data_that_is_not_finite(x, merge):
+    x[0, 0, 0] = float('inf')
+    with pytest.raises(ValueError, match='outputs of the module are not finite'):
+        convert_model(
+            attention(), 2, merge=merge, calibration=[dict(query=x, key=x, value=x)]
+        )
 
 
 @pytest.mark.cuda

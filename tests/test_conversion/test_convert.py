@@ -141,3 +141,9 @@ def test_state_dict_and_model_give_the_same_weights():
     template.load_state_dict(state)
     for name, value in converted.state_dict().items():
         assert torch.equal(value, state[name]), name
+
+
+def test_kv_heads_that_serve_several_offset_groups_stay_in_their_order():
+    module = deformable(num_kv_heads=2, offset_groups=HEADS)
+    _, report = convert_model(module, 1, 'similarity')
+    assert report.layers[0].groups == [[0, 1]]

@@ -26,6 +26,11 @@ def test_numbers(num_kv_heads, expected):
     assert resolve_num_kv_heads(num_kv_heads, MODULES) == expected
 
 
+@pytest.mark.parametrize(('share', 'expected'), [(1 / 12, 1), (0.0833333, 1), (0.5, 6)])
+def test_shares_are_rounded_to_whole_heads(share, expected):
+    assert resolve_num_kv_heads(share, {'a': (12, 12)}) == {'a': expected}
+
+
 @pytest.mark.parametrize(
     ('num_kv_heads', 'message'),
     [

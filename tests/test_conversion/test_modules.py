@@ -197,6 +197,12 @@ def test_patterns_that_are_no_regular_expressions():
         convert_checkpoint(state, attention(), 2, ignore=['('])
 
 
+def test_ignored_keys_are_found_anywhere_in_names():
+    model = nn.ModuleDict(dict(attn=attention(), head=nn.Linear(DIM, 2)))
+    state, _ = convert_checkpoint(model.state_dict(), model, 2, ignore=['ad.weight'])
+    assert set(model.state_dict()) - set(state) == {'head.weight'}
+
+
 def test_weights_that_are_not_finite():
     state = attention().state_dict()
     state['in_proj_bias'][3] = float('nan')

@@ -5,6 +5,7 @@ of them are exact, and how the module with fewer kv heads is made. Grouping and 
 work on the plain tensors that it reads.
 """
 
+import abc
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ class Names:
     out: tuple[str, str | None]
 
 
-class AttentionAdapter:
+class AttentionAdapter(abc.ABC):
     """Base class of adapters; its defaults fit a module with the attributes it names.
 
     A subclass defines :meth:`names`, and what differs from these defaults: any
@@ -40,9 +41,9 @@ class AttentionAdapter:
     heads is a copy whose k and v parameters and attribute ``num_kv_heads`` are smaller.
     """
 
+    @abc.abstractmethod
     def names(self, module: nn.Module) -> Names:
         """Where the projections are, relative to the module."""
-        raise NotImplementedError
 
     def num_heads(self, module: nn.Module) -> int:
         """Query heads Hq."""
@@ -93,7 +94,7 @@ class AttentionAdapter:
             f'{type(module).__name__} cannot group keys and values differently'
         )
 
-    def check(self, module: nn.Module) -> None:
+    def check(self, module: nn.Module) -> None:  # noqa: B027  most have none
         """Raises ValueError for options of a module that cannot be converted."""
 
     def with_kv_heads(self, module: nn.Module, num_kv_heads: int) -> nn.Module:

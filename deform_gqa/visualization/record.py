@@ -4,6 +4,7 @@ The weights come from the operator that the model itself runs: attention is line
 the values, so with one-hot values it returns its weights.
 """
 
+import abc
 import contextlib
 import dataclasses
 import inspect
@@ -21,7 +22,7 @@ MS_DEFORM_CLASSES = ('MSDeformAttn', 'MultiScaleDeformableAttention')
 
 
 @dataclasses.dataclass(frozen=True)
-class RecordedAttention:
+class RecordedAttention(abc.ABC):
     """One call of an attention module. All points are (x, y); the map spans [0, 1].
 
     Attributes:
@@ -34,9 +35,9 @@ class RecordedAttention:
     num_heads: int
     query_points: Tensor
 
+    @abc.abstractmethod
     def samples(self, image: int, query: int) -> tuple[Tensor, Tensor]:
         """What a query reads: points (Hq, n, 2) and their weights (Hq, n)."""
-        raise NotImplementedError
 
     def nearest_query(self, image: int, point: Sequence[float]) -> int:
         """The query whose place is nearest to a point (x, y) in [0, 1]."""

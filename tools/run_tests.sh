@@ -3,7 +3,7 @@
 #   bash tools/run_tests.sh [options of pytest]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash tools/setup_env.sh
+bash tools/setup_env.sh --tests
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 # two workers share the cores
 

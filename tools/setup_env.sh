@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository with all that training and the tests need:
-#   bash tools/setup_env.sh
+# Makes .venv in the repository with all that training needs, or the tests as well:
+#   bash tools/setup_env.sh [--tests]
 # A second run has nothing to do and takes no time. PYTHON names the interpreter to
 # start from (default python3). A torch >= 2.6 that it has is kept.
+# mmcv is compiled once: its wheel is kept for other clones in the folder that
+# DEFORM_GQA_WHEELS names (default ~/.cache/deform_gqa/wheels).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,6 +14,8 @@ VENV=.venv
 OLDER_TRITON_AT=$VENV/triton-3.6
 LOG=$VENV/setup_env.log
 STAMP=$VENV/setup_env.stamp
+TESTS_STAMP=$VENV/setup_env.tests.stamp
+WHEELS=${DEFORM_GQA_WHEELS:-${XDG_CACHE_HOME:-${HOME:-$PWD/$VENV}/.cache}/deform_gqa/wheels}
 MMCV=$(grep -o 'onedl-mmcv[^ ]*' setup.cfg)
 # Without these caps pip would install with mmcv what is newest, to replace it later.
 mapfile -t CAPS < <(grep -oE '(numpy|opencv-python)<[^ ]+' setup.cfg)
@@ -58,7 +62,9 @@ trap quiet EXIT
 wanted() { { pwd && cat setup.cfg tools/setup_env.sh; } | cksum; }
 
 is_ready() {
-    [ -x "$VENV/bin/python" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$(wanted)" ]
+    local stamp=$STAMP
+    [ "$for_tests" = no ] || stamp=$TESTS_STAMP
+    [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$(wanted)" ]
 }
 
 # One setup at a time: a second one waits, and then finds everything ready.
@@ -124,26 +130,74 @@ sys.exit(CUDA_HOME is None or not os.path.isfile(f"{CUDA_HOME}/bin/nvcc"))' ||
             'or set CUDA_VISIBLE_DEVICES= to set up for the CPU.'
 }
 
+mmcv_works() { python - <<<"$MMCV_WORKS" >>"$LOG" 2>&1; }
+
+# What a wheel of mmcv was compiled for, as the name of a folder.
+BUILD_TAG='
+import platform, sysconfig, torch
+cuda = torch.version.cuda if torch.cuda.is_available() else None
+print(sysconfig.get_config_var("SOABI"), "torch", torch.__version__,
+      f"cuda{cuda}" if cuda else "cpu", *platform.libc_ver(), sep="-")
+'
+
+# The folder in which mmcv for this torch is kept; beside the environment if the wanted
+# one cannot be written.
+wheel_folder() {
+    local folder
+    folder=$WHEELS/${MMCV/'~='/-}-$(python - <<<"$BUILD_TAG")
+    if ! mkdir -p "$folder" 2>>"$LOG" || ! [ -w "$folder" ]; then
+        say "$folder cannot be written: mmcv is not kept for other clones" >&2
+        folder=$PWD/$VENV/wheels
+        mkdir -p "$folder"
+    fi
+    echo "$folder"
+}
+
+install_wheel() {
+    step "installing ${1##*/}, which was compiled before" 'mmcv could not be installed.' \
+        python -m pip install --force-reinstall --no-deps "$1"
+    step 'installing what mmcv needs' 'check the network.' \
+        python -m pip install "$MMCV" "${CAPS[@]}"
+}
+
+# build_wheel FOLDER [options of pip]: the wheel appears there when it is complete.
+build_wheel() {
+    local folder=$1 part=$1/.part-$$
+    shift
+    step "compiling $MMCV: 6 to 20 minutes" \
+        'mmcv could not be built; it needs a C++ compiler.' \
+        python -m pip wheel --no-build-isolation --no-deps --wheel-dir "$part" \
+        "$@" "$MMCV"
+    mv -f "$part"/*.whl "$folder/"
+    rmdir "$part"
+}
+
 install_mmcv() {
-    if python - <<<"$MMCV_WORKS" 2>/dev/null; then
+    if mmcv_works; then
         return
     fi
     check_cuda_compiler
-    local advice='mmcv could not be built; it needs a C++ compiler.'
-    step "installing $MMCV, which compiles: 6 to 20 minutes" "$advice" \
-        python -m pip install --no-build-isolation "$MMCV" "${CAPS[@]}"
-    if ! python - <<<"$MMCV_WORKS" >>"$LOG" 2>&1; then
-        # pip keeps what it built, whatever torch it was built for.
-        step "the $MMCV that pip had kept does not fit this torch; compiling it again" \
-            "$advice" python -m pip install --no-build-isolation --no-deps \
-            --no-cache-dir --force-reinstall "$MMCV"
-        python - <<<"$MMCV_WORKS" >>"$LOG" 2>&1 ||
-            stop "mmcv does not load beside this torch; see the end of $LOG."
-    fi
+    local folder options
+    folder=$(wheel_folder)
+    # What was kept, what pip has kept (for whatever torch it was), and compiled anew.
+    for options in kept '' --no-cache-dir; do
+        if [ "$options" != kept ]; then
+            build_wheel "$folder" ${options:+"$options"}
+        fi
+        for wheel in "$folder"/*.whl; do
+            [ -e "$wheel" ] || continue
+            install_wheel "$wheel"
+            if mmcv_works; then
+                return
+            fi
+        done
+    done
+    stop "mmcv does not load beside this torch; see the end of $LOG."
 }
 
 install_package() {
-    local extras=mm,dev,lm,search # projects are tested; lm takes 15 seconds
+    local extras=mm
+    [ "$for_tests" = no ] || extras=mm,dev,export,lm,search # projects are tested too
     # A triton that is there belongs to its torch.
     python -c 'import triton' 2>/dev/null || extras=$extras,triton
     step "installing deform_gqa with the extras $extras" \
@@ -171,6 +225,11 @@ import sys, triton.compiler
 sys.exit(sys.argv[1] != f"triton=={triton.__version__}")
 '
 
+case "$*" in
+    '') for_tests=no ;;
+    --tests) for_tests=yes ;;
+    *) stop "unknown options '$*'; there is only --tests." ;;
+esac
 if is_ready; then
     exit 0
 fi
@@ -183,6 +242,7 @@ fi
     stop "the Python of $VENV does not run; remove $VENV and run this again."
 export PATH="$PWD/$VENV/bin:$PATH"
 export CFLAGS=${CFLAGS:--g0 -O2} # debug information would treble mmcv's build time
+export PIP_COMPILE=0 # Python compiles what is imported when it is imported
 export MAX_JOBS=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)}
 : >"$LOG"
 step 'installing the build tools' 'pip cannot install; check the network.' \
@@ -190,6 +250,9 @@ step 'installing the build tools' 'pip cannot install; check the network.' \
 install_torch
 install_mmcv
 install_package
-install_older_triton
+if [ "$for_tests" = yes ]; then
+    install_older_triton
+    wanted >"$TESTS_STAMP"
+fi
 wanted >"$STAMP"
 say "ready: $VENV"

@@ -46,7 +46,8 @@ def swap_attention(model: dict | nn.Module, rules: list[dict]) -> nn.Module:
             MultiheadAttention is a shell around torch's, in which the swap then takes
             place. ``keep_weights`` says what becomes of the old weights: True (the
             default), they are all kept or it is an error; 'fitting', those that fit are
-            kept, and the log lists the others; False, all are drawn anew.
+            kept, and the log lists the others; False, all are drawn anew. What is kept
+            stays frozen if it was.
 
     Returns:
         The model, or the new module if the model itself is to be swapped (its name is
@@ -67,6 +68,8 @@ def swap_attention(model: dict | nn.Module, rules: list[dict]) -> nn.Module:
     model = MODELS.build(model) if isinstance(model, dict) else model
     if not isinstance(model, nn.Module):
         raise TypeError(f'model must be a dict or a module, got {describe(model)}')
+    if not isinstance(rules, (list, tuple)):
+        raise TypeError(f'rules must be dicts in a list, got {describe(rules)}')
     for rule in rules:
         model = _apply(model, rule)
     return model
@@ -210,7 +213,7 @@ def _new_module(
 ) -> nn.Module:
     new = _successor(old, cls, options)
     if keep_weights:
-        _copy_weights(name, old, new, all_of_them=keep_weights is True)
+        _copy_weights(name, old, new, all_of_them=keep_weights != 'fitting')
     return new
 
 
@@ -277,6 +280,9 @@ def _copy_weights(name: str, old: nn.Module, new: nn.Module, all_of_them: bool) 
             'others, one with keep_weights=False none'
         )
     new.load_state_dict(fitting, strict=False)
+    for key, parameter in old.named_parameters():
+        if key in fitting:
+            new.get_parameter(key).requires_grad_(parameter.requires_grad)
     if misfits:
         text = f'swap_attention: new weights in {name}: {"; ".join(misfits)}'
         print_log(text, logger='current')

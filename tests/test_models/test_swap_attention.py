@@ -140,10 +140,28 @@ def test_options_weights_and_state_are_kept():
         assert torch.equal(x, state[key])
 
 
+@pytest.mark.parametrize('num_value_heads', [4, 2])
+def test_what_is_kept_stays_frozen(num_value_heads):
+    model = Detector()
+    model.encoder[0].value_proj.requires_grad_(False)
+    model.encoder[0].output_proj.requires_grad_(False)
+    rule = dict(RULE, num_value_heads=num_value_heads, keep_weights='fitting')
+    swap_attention(model, [rule])
+    frozen = {
+        name.split('.')[2]
+        for name, parameter in model.encoder.named_parameters(prefix='encoder')
+        if not parameter.requires_grad
+    }
+    kept = {'value_proj'} if num_value_heads == 4 else set()
+    assert frozen == {'output_proj'} | kept
+    assert all(x.requires_grad for x in model.encoder[1].parameters())
+
+
 def test_fewer_value_heads_draw_new_weights():
     rule = dict(RULE, num_value_heads=2)
-    with pytest.raises(ValueError, match=r'encoder\.0 do not fit MSDeformAttn'):
-        swap_attention(Detector(), [rule])
+    for keep_weights in (True, 1):
+        with pytest.raises(ValueError, match=r'encoder\.0 do not fit MSDeformAttn'):
+            swap_attention(Detector(), [dict(rule, keep_weights=keep_weights)])
     model = swap_attention(Detector(), [dict(rule, keep_weights=False)])
     assert model.encoder[0].value_proj.weight.shape == (16, 32)
 
@@ -430,6 +448,12 @@ def test_what_does_not_fit_is_listed(caplog):
 def test_errors_say_what_is_possible(rule, error, message):
     with pytest.raises(error, match=message):
         swap_attention(Plain(), [rule])
+
+
+@pytest.mark.parametrize('rules', [None, dict(MHA, pattern='text')])
+def test_rules_that_are_no_list(rules):
+    with pytest.raises(TypeError, match='rules must be dicts in a list, got'):
+        swap_attention(Plain(), rules)
 
 
 def test_a_model_that_is_none():

@@ -1,6 +1,7 @@
 """Multi-scale deformable attention, in the place of mmcv's module."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from mmdet.registry import MODELS
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from deform_gqa import checks
 from deform_gqa.ops import ms_deform_attn
 from deform_gqa.ops.common.backends import check_backend
+from deform_gqa.ops.ms_deform_attn.levels import shapes_tensor
 
 
 @MODELS.register_module()
@@ -71,6 +73,11 @@ class MSDeformAttn(BaseModule):
             checks.check_int(name, number)
             if number < 1:
                 raise ValueError(f'{name} must be at least 1, got {number}')
+        checks.check_number('value_proj_ratio', value_proj_ratio)
+        if not 0 < value_proj_ratio < math.inf:
+            raise ValueError(
+                f'value_proj_ratio must be positive, got {value_proj_ratio}'
+            )
         channels = int(embed_dims * value_proj_ratio)
         for name, number in (('embed_dims', embed_dims), ('value channels', channels)):
             if number == 0 or number % num_heads:
@@ -124,7 +131,7 @@ class MSDeformAttn(BaseModule):
         query_pos: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         reference_points: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
+        spatial_shapes: Tensor | Sequence[Sequence[int]] | None = None,
         level_start_index: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
@@ -139,15 +146,19 @@ class MSDeformAttn(BaseModule):
             key_padding_mask: (B, S), True where there is padding.
             reference_points: (B, N, L, 2) in (x, y), [0, 1]; or (B, N, L, 4) with
                 the (w, h) of boxes, in whose halves offsets are then measured.
-            spatial_shapes: (L, 2), the (H, W) of each level.
+            spatial_shapes: (L, 2), the (H, W) of each level, or a list of pairs.
             level_start_index: (L,), or None.
-            kwargs: Not used; layers of mmdet pass more.
+            kwargs: ``residual`` is mmcv's older name of ``identity``. All else is not
+                used; layers of mmdet pass more.
 
         Raises:
-            ValueError: For reference points that have neither 2 nor 4 numbers, or
-                tensors that :func:`deform_gqa.ops.ms_deform_attn` does not take.
+            TypeError: For spatial_shapes or reference_points of a wrong type, or None.
+            ValueError: For another number of levels than num_levels, for reference
+                points that have neither 2 nor 4 numbers or do not fit, and for what
+                :func:`deform_gqa.ops.ms_deform_attn` does not take.
         """
         value = query if value is None else value
+        identity = kwargs.get('residual') if identity is None else identity
         identity = query if identity is None else identity
         query = query if query_pos is None else query + query_pos
         if not self.batch_first:
@@ -176,7 +187,7 @@ class MSDeformAttn(BaseModule):
         self,
         query: Tensor,
         reference_points: Tensor,
-        spatial_shapes: Tensor,
+        spatial_shapes: Tensor | Sequence[Sequence[int]],
         dtype: torch.dtype,
     ) -> Tensor:
         """Where the values are sampled: (B, N, M, L, P, 2) in (x, y), [0, 1] in a map.
@@ -186,8 +197,15 @@ class MSDeformAttn(BaseModule):
         Args:
             query: (B, N, C), with its position.
             reference_points: As in ``forward``.
-            spatial_shapes: (L, 2), the (H, W) of each level.
+            spatial_shapes: (L, 2), the (H, W) of each level, or a list of pairs.
         """
+        sizes = shapes_tensor(spatial_shapes).to(query.device).flip(-1)
+        if sizes.shape[0] != self.num_levels:
+            raise ValueError(
+                f'spatial_shapes must have num_levels ({self.num_levels}) levels, '
+                f'got {sizes.shape[0]}'
+            )
+        self._check_reference_points(query, reference_points)
         dtype = torch.promote_types(dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
             offsets = torch.nn.functional.linear(
@@ -197,11 +215,27 @@ class MSDeformAttn(BaseModule):
             ).unflatten(2, (self.num_heads, self.num_levels, self.num_points, 2))
             points = reference_points.to(dtype)[:, :, None, :, None]
             if points.shape[-1] == 2:
-                return points + offsets / spatial_shapes.flip(-1)[:, None]
-            if points.shape[-1] == 4:
-                halves = points[..., 2:] * (0.5 / self.num_points)
-                return points[..., :2] + offsets * halves
-        raise ValueError(
-            'reference_points must have 2 or 4 numbers, '
-            f'got shape {tuple(reference_points.shape)}'
-        )
+                # An empty level has no samples, whose offsets are then 0 / 0
+                return points + offsets / sizes.clamp(min=1)[:, None]
+            halves = points[..., 2:] * (0.5 / self.num_points)
+            return points[..., :2] + offsets * halves
+
+    def _check_reference_points(self, query: Tensor, points: Tensor) -> None:
+        """Dimensions of size 1 are repeated."""
+        if not isinstance(points, Tensor):
+            raise TypeError(
+                f'reference_points must be a tensor, got {type(points).__name__}'
+            )
+        if points.shape[-1] not in (2, 4):
+            raise ValueError(
+                'reference_points must have 2 or 4 numbers, '
+                f'got shape {tuple(points.shape)}'
+            )
+        expected = (*query.shape[:2], self.num_levels)
+        if points.ndim != 4 or any(
+            x != 1 and x != y for x, y in zip(points.shape, expected, strict=False)
+        ):
+            raise ValueError(
+                f'reference_points must have shape (B, N, L, 2 or 4) with (B, N, L) = '
+                f'{expected}, got {tuple(points.shape)}'
+            )

@@ -33,7 +33,9 @@ def ms_deform_attn(
     ``out[b, q, m] = sum over levels l and points p of attention_weights[b, q, m, l, p]
     * map_l(sampling_locations[b, q, m, l, p])``, where the maps are those of the value
     head ``m // (M // Mv)``, with zeros outside. Differentiable, once, in value,
-    locations and weights. A location that is not a number counts as far outside.
+    locations and weights. A location that is not finite counts as far outside. A value
+    or weight that is not makes outputs nan: those that it is part of and, with
+    'torch', others of the same image.
 
     Args:
         value: (B, S, Mv, D), float16, bfloat16, float32 or float64: the maps of all

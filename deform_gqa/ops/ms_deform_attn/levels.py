@@ -14,7 +14,8 @@ INTEGERS = (torch.int32, torch.int64)
 def shapes_tensor(spatial_shapes: Tensor | Pairs) -> Tensor:
     """spatial_shapes as a tensor (L, 2) of integers; a list becomes one on the CPU."""
     if not isinstance(spatial_shapes, Tensor):
-        return torch.tensor(_checked_pairs(spatial_shapes), dtype=torch.int64)
+        pairs = _checked_pairs(spatial_shapes)
+        return torch.tensor(pairs, dtype=torch.int64).view(len(pairs), 2)
     _check_integers('spatial_shapes', spatial_shapes)
     if spatial_shapes.ndim != 2 or spatial_shapes.shape[1] != 2:
         raise ValueError(

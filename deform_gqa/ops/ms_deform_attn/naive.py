@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .levels import check_levels
 
+OUTSIDE = 2.0  # in units of any map
+
 
 def ms_deform_attn(
     value: Tensor,
@@ -19,6 +21,8 @@ def ms_deform_attn(
     batch, num_keys, value_heads, dim = value.shape
     num_queries, heads = locations.shape[1:3]
     dtype = locations.dtype
+    # grid_sample makes numbers out of what is none, and none out of what is too large.
+    locations = locations.nan_to_num(nan=OUTSIDE).clamp(-OUTSIDE, OUTSIDE)
     weights = weights.to(dtype)
     if logits:
         weights = weights.flatten(3).softmax(-1).view(weights.shape)

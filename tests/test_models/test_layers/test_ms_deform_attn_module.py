@@ -1,5 +1,7 @@
 """MSDeformAttn beside mmcv's MultiScaleDeformableAttention with the same weights."""
 
+import math
+
 import pytest
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
@@ -21,14 +23,14 @@ def make(cls=MSDeformAttn, seed=0, **options):
     return module.eval()
 
 
-def call(numbers=2, batch_first=False, queries=6, seed=1):
+def call(numbers=2, batch_first=False, queries=6, seed=1, shapes=SHAPES):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         x = torch.randn(shape, generator=generator)
         return x if batch_first else x.transpose(0, 1)
 
-    keys = sum(height * width for height, width in SHAPES)
+    keys = sum(height * width for height, width in shapes)
     reference = torch.rand(2, queries, 2, numbers, generator=generator)
     return dict(
         query=normal(2, queries, 32),
@@ -37,8 +39,8 @@ def call(numbers=2, batch_first=False, queries=6, seed=1):
         query_pos=normal(2, queries, 32),
         key_padding_mask=torch.rand(2, keys, generator=generator) < 0.2,
         reference_points=reference,
-        spatial_shapes=torch.tensor(SHAPES),
-        level_start_index=torch.tensor([0, 35]),
+        spatial_shapes=torch.tensor(shapes),
+        level_start_index=torch.tensor([0, math.prod(shapes[0])]),
     )
 
 
@@ -68,6 +70,47 @@ def test_query_serves_as_value_and_identity():
     for name in ('value', 'identity', 'query_pos', 'key_padding_mask'):
         del inputs[name]
     assert_close(ours(**inputs), theirs(**inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_the_older_name_of_identity():
+    """mmcv's module still takes it, and warns."""
+    inputs = call()
+    expected = make()(**inputs)
+    inputs['residual'] = inputs.pop('identity')
+    assert torch.equal(make()(**inputs), expected)
+
+
+def test_levels_as_a_list():
+    module, inputs = make(), call()
+    expected = module(**inputs)
+    inputs |= dict(spatial_shapes=list(SHAPES), level_start_index=None)
+    assert torch.equal(module(**inputs), expected)
+
+
+@pytest.mark.parametrize('backend', ['naive', 'torch'])
+def test_an_empty_level(backend):
+    """It adds nothing, and no gradient becomes nan."""
+    module, inputs = make(backend=backend), call(shapes=(SHAPES[0], (0, 4)))
+    out, *grads = outputs_and_gradients(module, inputs)
+    assert all(x.isfinite().all() for x in (out, *grads))
+    weight = module.sampling_offsets.weight.grad.view(4, 2, 3, 2, 32)
+    assert weight[:, 0].all() and not weight[:, 1].any()
+
+
+@pytest.mark.parametrize('numbers', [2, 4])
+def test_one_graph_for_all_sizes(numbers):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    module = make()
+    compiled = torch.compile(module, backend=count, fullgraph=True, dynamic=True)
+    for shapes, queries in ((SHAPES, 6), (((8, 3), (2, 6)), 9)):
+        inputs = call(numbers, queries=queries, shapes=shapes)
+        assert_close(compiled(**inputs), module(**inputs))
+    assert len(graphs) == 1
 
 
 def test_state_dict_and_initialisation_are_those_of_mmcv():
@@ -144,6 +187,10 @@ def test_double_precision():
     [
         (dict(embed_dims=30), ValueError, r'embed_dims \(30\) must be a positive mult'),
         (dict(value_proj_ratio=0.3), ValueError, r'value channels \(9\) must be'),
+        (dict(value_proj_ratio=0.01), ValueError, r'value channels \(0\) must be'),
+        (dict(value_proj_ratio=-1), ValueError, 'value_proj_ratio .* positive, got -1'),
+        (dict(value_proj_ratio=math.inf), ValueError, 'ratio .* positive, got inf'),
+        (dict(value_proj_ratio='1'), TypeError, "ratio must be a number, got '1'"),
         (dict(num_value_heads=3), ValueError, r'num_heads \(4\) .* \(3\)'),
         (dict(num_points=0), ValueError, 'num_points must be at least 1, got 0'),
         (dict(num_levels=2.0), TypeError, 'num_levels must be an integer, got 2.0'),
@@ -154,6 +201,34 @@ def test_double_precision():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         MODELS.build(dict(type='MSDeformAttn', **SMALL | options))
+
+
+@pytest.mark.parametrize(
+    ('name', 'change', 'error', 'message'),
+    [
+        ('reference_points', lambda x: None, TypeError, 'must be a tensor, got None'),
+        ('reference_points', lambda x: x[0], ValueError, 'must have shape .*, 2, 2'),
+        (
+            'reference_points',
+            lambda x: x[..., :1],
+            ValueError,
+            r'or 4 .* \(2, 6, 2, 1\)',
+        ),
+        (
+            'reference_points',
+            lambda x: x.repeat(1, 1, 2, 1),
+            ValueError,
+            r'\(B, N, L\) = \(2, 6, 2\), got \(2, 6, 4, 2\)',
+        ),
+        ('spatial_shapes', lambda x: None, TypeError, 'spatial_shapes .* got NoneType'),
+        ('spatial_shapes', lambda x: x[:1], ValueError, r'levels \(2\) levels, got 1'),
+    ],
+)
+def test_bad_input(name, change, error, message):
+    inputs = call()
+    inputs[name] = change(inputs[name])
+    with pytest.raises(error, match=message):
+        make()(**inputs)
 
 
 def test_bad_reference_points():

@@ -133,19 +133,19 @@ def test_empty(backend, empty):
         assert grad.shape == x.shape and not grad.any()
 
 
-def test_locations_that_are_no_numbers_count_as_outside():
-    value, locations, weights = (x.detach() for x in MsDeformCase().inputs())
-    infinity = float('inf')
-    for x in (float('nan'), infinity, -infinity):
-        bad = locations.clone()
+@pytest.mark.parametrize('backend', ['naive', 'torch'])
+def test_locations_that_are_not_finite_count_as_outside(backend):
+    """Those that are so large that pixels cannot be counted as well."""
+    case = MsDeformCase()
+    value, locations, weights = case.inputs(torch.float32)
+    far = locations.detach().clone()
+    far[:, :, :, 0, 0, 1] = -9.0
+    expected = case.run([value, far.requires_grad_(), weights], backend)
+    for x in (float('nan'), float('inf'), -float('inf'), 1e38, -3e38):
+        bad = locations.detach().clone()
         bad[:, :, :, 0, 0, 1] = x
-        far = locations.clone()
-        far[:, :, :, 0, 0, 1] = -9.0
-        shapes = MsDeformCase.shapes
-        assert_close(
-            ms_deform_attn(value, shapes, None, bad, weights, backend='torch'),
-            ms_deform_attn(value, shapes, None, far, weights, backend='torch'),
-        )
+        actual = case.run([value, bad.requires_grad_(), weights], backend)
+        assert_all_close(actual, expected, 1e-6)
 
 
 def test_uninitialised_memory_is_overwritten(poisoned_memory):

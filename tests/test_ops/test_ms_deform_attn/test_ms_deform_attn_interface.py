@@ -166,6 +166,8 @@ def test_no_samples(points):
             call[name] = call[name][:, :, :, :0]
     with pytest.raises(ValueError, match='must have levels and points'):
         ms_deform_attn(**call)
+    with pytest.raises(ValueError, match='sampling_locations must have'):
+        ms_deform_attn(**call | dict(spatial_shapes=[], level_start_index=None))
 
 
 @pytest.mark.parametrize(

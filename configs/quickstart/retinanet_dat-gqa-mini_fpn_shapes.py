@@ -27,4 +27,4 @@ custom_hooks = [
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.002, gamma=100)
 ]
 val_evaluator = dict(metric='bbox')
-test_evaluator = val_evaluator
+test_evaluator = dict(metric='bbox')

@@ -16,9 +16,9 @@ is in a picture that has no annotation.
 
 Layout of a dataset::
 
-    OUT/shapes.json                    the parameters; written last
-    OUT/annotations/{train,val}.json   COCO, ids counted from 1
-    OUT/images/{train,val}/000000.jpg  JPEG, quality 92
+    OUT/shapes.json                         the parameters; written last
+    OUT/annotations/{train,val,test}.json   COCO, ids counted from 1
+    OUT/images/{train,val,test}/000000.jpg  JPEG, quality 92
 """
 
 import json

@@ -6,7 +6,8 @@ from typing import Any
 from deform_gqa.checks import check_int, check_number
 
 CLASSES = ('circle', 'square', 'triangle', 'star', 'cross', 'crescent')
-SPLITS = ('train', 'val')
+SPLITS = ('train', 'val', 'test')
+COUNTS = {split: f'num_{split}' for split in SPLITS}  # fields of ShapesConfig
 MIN_IMAGE_SIZE = 32
 
 # Increase it with every change that alters a byte of the output.
@@ -20,13 +21,15 @@ class ShapesConfig:
 
     Args:
         num_train: images of the split ``train``, >= 0.
-        num_val: images of the split ``val``, >= 0; one of the two must be positive.
+        num_val: images of the split ``val``, for choices, >= 0.
         image_size: (width, height) in pixels, each >= 32.
         seed: >= 0.
         min_objects: the smallest number of shapes that is drawn for an image, >= 0; an
             image may hold fewer, as shapes that find no position are left out.
         max_objects: the largest number, >= 1 and >= ``min_objects``.
         min_visible: smallest visible share of a shape's area, in (0, 1].
+        num_test: images of the split ``test``, for results, >= 0. One of the three
+            numbers of images must be positive.
 
     Raises:
         TypeError: if a value has the wrong type.
@@ -40,13 +43,14 @@ class ShapesConfig:
     min_objects: int = 1
     max_objects: int = 8
     min_visible: float = 0.5
+    num_test: int = 200
 
     def __post_init__(self) -> None:
-        for name in ('num_train', 'num_val', 'seed', 'min_objects'):
+        for name in (*COUNTS.values(), 'seed', 'min_objects'):
             check_int(name, getattr(self, name), 0)
         check_int('max_objects', self.max_objects, 1)
-        if self.num_train == 0 and self.num_val == 0:
-            raise ValueError('num_train and num_val are both 0, nothing to generate')
+        if not any(self.num_images(split) for split in SPLITS):
+            raise ValueError(f'{", ".join(COUNTS.values())} are all 0: nothing to do')
         if self.max_objects < self.min_objects:
             raise ValueError(
                 f'max_objects must be at least min_objects ({self.min_objects}), '
@@ -65,7 +69,7 @@ class ShapesConfig:
 
     def _use_plain_numbers(self) -> None:
         """Turn NumPy's numbers into Python's, which JSON can hold."""
-        for name in ('num_train', 'num_val', 'seed', 'min_objects', 'max_objects'):
+        for name in (*COUNTS.values(), 'seed', 'min_objects', 'max_objects'):
             object.__setattr__(self, name, int(getattr(self, name)))
         width, height = self.image_size
         object.__setattr__(self, 'image_size', (int(width), int(height)))
@@ -73,7 +77,7 @@ class ShapesConfig:
 
     def num_images(self, split: str) -> int:
         """Number of images of a split."""
-        return {'train': self.num_train, 'val': self.num_val}[split]
+        return getattr(self, COUNTS[split])
 
     def metadata(self) -> dict[str, Any]:
         """All that determines the output, as recorded in ``shapes.json``."""

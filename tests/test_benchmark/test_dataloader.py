@@ -14,7 +14,7 @@ TINY = ['--batches', '3', '--images', '4']
 @pytest.fixture(scope='module')
 def data_options(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp('data') / 'shapes'
-    config = ShapesConfig(num_train=5, num_val=2, image_size=(64, 64))
+    config = ShapesConfig(num_train=5, num_val=2, num_test=0, image_size=(64, 64))
     generate_dataset(config, folder)
     return options_for(folder)
 

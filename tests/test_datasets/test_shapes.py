@@ -17,7 +17,7 @@ from deform_gqa.datasets.shapes_drawing import (
 )
 
 CLI = Path(__file__).parents[2] / 'tools/dataset_converters/make_shapes.py'
-SMALL = ShapesConfig(num_train=3, num_val=2, image_size=(96, 64), seed=5)
+SMALL = ShapesConfig(num_train=3, num_val=2, num_test=1, image_size=(96, 64), seed=5)
 
 
 def files_of(folder):
@@ -158,7 +158,7 @@ def test_colour_does_not_tell_the_class():
 @pytest.mark.parametrize(
     ('split', 'index', 'error', 'message'),
     [
-        ('test', 0, ValueError, "split .*'test'"),
+        ('rest', 0, ValueError, "split .*'rest'"),
         ('train', -1, ValueError, 'index .*-1'),
         ('train', 1.5, TypeError, 'index .*1.5'),
         ('train', False, TypeError, 'index .*False'),
@@ -183,7 +183,9 @@ def test_bytes_do_not_depend_on_workers(dataset, tmp_path):
 
 
 def test_images_do_not_depend_on_counts(dataset, tmp_path):
-    config = ShapesConfig(num_train=0, num_val=1, image_size=(96, 64), seed=5)
+    config = ShapesConfig(
+        num_train=0, num_val=1, num_test=0, image_size=(96, 64), seed=5
+    )
     generate_dataset(config, tmp_path / 'one')
     name = 'images/val/000000.jpg'
     assert files_of(tmp_path / 'one')[name] == files_of(dataset)[name]
@@ -203,6 +205,7 @@ def test_numpy_numbers_are_taken(tmp_path):
     config = ShapesConfig(
         num_train=np.int64(1),
         num_val=0,
+        num_test=0,
         image_size=[np.int32(40), 40],
         min_visible=np.float32(0.5),
     )
@@ -254,8 +257,8 @@ def test_second_run_does_nothing(dataset):
 
 def test_other_parameters_need_overwrite(tmp_path):
     folder = tmp_path / 'data'
-    config = ShapesConfig(num_train=1, num_val=0, image_size=(32, 32))
-    other = ShapesConfig(num_train=2, num_val=0, image_size=(32, 32))
+    config = ShapesConfig(num_train=1, num_val=0, num_test=0, image_size=(32, 32))
+    other = ShapesConfig(num_train=2, num_val=0, num_test=0, image_size=(32, 32))
     generate_dataset(config, folder)
     before = files_of(folder)
     with pytest.raises(FileExistsError, match=r'num_train 1, wanted 2.*--overwrite'):
@@ -269,7 +272,7 @@ def test_other_parameters_need_overwrite(tmp_path):
 @pytest.mark.parametrize('lost', ['images/train/000000.jpg', 'annotations/val.json'])
 def test_damaged_dataset_is_noticed_and_mended(tmp_path, lost):
     folder = tmp_path / 'data'
-    config = ShapesConfig(num_train=1, num_val=0, image_size=(32, 32))
+    config = ShapesConfig(num_train=1, num_val=0, num_test=0, image_size=(32, 32))
     generate_dataset(config, folder)
     before = files_of(folder)
     (folder / lost).unlink()
@@ -291,22 +294,24 @@ def test_foreign_folders_are_never_replaced(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    'name', ['notes.txt', 'annotations/test.json', 'images/train/mine.jpg', 'crops/a']
+    'name', ['notes.txt', 'annotations/rest.json', 'images/train/mine.jpg', 'crops/a']
 )
 def test_files_beside_a_dataset_are_never_deleted(tmp_path, name):
     folder = tmp_path / 'data'
-    generate_dataset(ShapesConfig(1, 0, (32, 32)), folder)
+    generate_dataset(ShapesConfig(1, 0, (32, 32), num_test=0), folder)
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text('mine')
     before = files_of(folder)
     with pytest.raises(FileExistsError, match=f'{name} is not of a shapes dataset'):
-        generate_dataset(ShapesConfig(2, 0, (32, 32)), folder, overwrite=True)
+        generate_dataset(
+            ShapesConfig(2, 0, (32, 32), num_test=0), folder, overwrite=True
+        )
     assert files_of(folder) == before
 
 
 def test_empty_folder_is_filled(tmp_path):
     (tmp_path / 'empty').mkdir()
-    config = ShapesConfig(num_train=1, num_val=0, image_size=(32, 32))
+    config = ShapesConfig(num_train=1, num_val=0, num_test=0, image_size=(32, 32))
     assert generate_dataset(config, tmp_path / 'empty')
     assert (tmp_path / 'empty' / 'shapes.json').is_file()
     assert [p.name for p in tmp_path.iterdir()] == ['empty']
@@ -316,7 +321,7 @@ def test_empty_folder_is_filled(tmp_path):
 def test_interrupted_run_leaves_what_was_there(tmp_path, existing):
     folder = tmp_path / 'data'
     if existing:
-        old = ShapesConfig(num_train=1, num_val=0, image_size=(32, 32))
+        old = ShapesConfig(num_train=1, num_val=0, num_test=0, image_size=(32, 32))
         generate_dataset(old, folder)
     before = files_of(tmp_path)
 
@@ -331,7 +336,7 @@ def test_interrupted_run_leaves_what_was_there(tmp_path, existing):
 
 def test_failed_exchange_puts_the_old_dataset_back(tmp_path, monkeypatch):
     folder = tmp_path / 'data'
-    generate_dataset(ShapesConfig(1, 0, (32, 32)), folder)
+    generate_dataset(ShapesConfig(1, 0, (32, 32), num_test=0), folder)
     before = files_of(tmp_path)
     rename = Path.rename
 
@@ -342,7 +347,9 @@ def test_failed_exchange_puts_the_old_dataset_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, 'rename', fail)
     with pytest.raises(OSError, match='disk gone'):
-        generate_dataset(ShapesConfig(2, 0, (32, 32)), folder, overwrite=True)
+        generate_dataset(
+            ShapesConfig(2, 0, (32, 32), num_test=0), folder, overwrite=True
+        )
     assert files_of(tmp_path) == before
 
 
@@ -350,7 +357,7 @@ def test_remains_of_a_killed_run_are_cleared(tmp_path):
     remains = tmp_path / f'.data.tmp-{os.getpid()}'
     remains.mkdir()
     (remains / 'half').write_text('x')
-    generate_dataset(ShapesConfig(1, 0, (32, 32)), tmp_path / 'data')
+    generate_dataset(ShapesConfig(1, 0, (32, 32), num_test=0), tmp_path / 'data')
     assert [p.name for p in tmp_path.iterdir()] == ['data']
     assert not (tmp_path / 'data' / 'half').exists()
 
@@ -372,7 +379,12 @@ def test_failed_encoding_is_an_error(tmp_path, monkeypatch):
         (dict(num_val=-3), ValueError, 'num_val .*-3'),
         (dict(num_val=2.0), TypeError, 'num_val .*2.0'),
         (dict(num_train=True), TypeError, 'num_train .*True'),
-        (dict(num_train=0, num_val=0), ValueError, 'num_train and num_val'),
+        (dict(num_test=-1), ValueError, 'num_test .*-1'),
+        (
+            dict(num_train=0, num_val=0, num_test=0),
+            ValueError,
+            'num_train, num_val, num_test are all 0',
+        ),
         (dict(seed=-1), ValueError, 'seed .*-1'),
         (dict(seed='a'), TypeError, "seed .*'a'"),
         (dict(image_size=(31, 64)), ValueError, 'image_size .*31'),
@@ -412,9 +424,21 @@ def test_workers_are_checked(tmp_path, workers, error):
 def test_cli(cli, tmp_path, capsys):
     folder = tmp_path / 'deep' / 'data'
     argv = ['--out-dir', str(folder), '--num-train', '2', '--num-val', '1']
-    argv += ['--image-size', '40', '36', '--max-objects', '3', '--seed', '9']
+    argv += [
+        '--num-test',
+        '1',
+        '--image-size',
+        '40',
+        '36',
+        '--max-objects',
+        '3',
+        '--seed',
+        '9',
+    ]
     assert cli.main(argv) == 0
-    assert '2 training and 1 validation images, 40x36' in capsys.readouterr().out
+    assert (
+        '2 training, 1 validation and 1 test images, 40x36' in capsys.readouterr().out
+    )
     recorded = json.loads((folder / 'shapes.json').read_text())
     assert recorded['seed'] == 9
     assert recorded['image_size'] == [40, 36]

@@ -26,7 +26,7 @@ LAYER = 'backbone.stages.3.attns.0'
 @pytest.fixture(scope='module', autouse=True)
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'shapes'
-    config = ShapesConfig(num_train=4, num_val=1, image_size=(64, 64))
+    config = ShapesConfig(num_train=4, num_val=1, num_test=0, image_size=(64, 64))
     generate_dataset(config, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('TINY_DATA', str(folder))

@@ -31,7 +31,7 @@ class Malicious:
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('data') / 'shapes'
-    config = ShapesConfig(num_train=4, num_val=2, image_size=(64, 64))
+    config = ShapesConfig(num_train=4, num_val=2, num_test=0, image_size=(64, 64))
     generate_dataset(config, folder)
     return folder
 

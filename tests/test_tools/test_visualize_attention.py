@@ -83,7 +83,7 @@ def test_bad_input(tool, files, monkeypatch, tmp_path, capsys, change, message):
 
 def test_hook_draws_while_validating(monkeypatch, tmp_path):
     data = tmp_path / 'data'
-    config = ShapesConfig(num_train=2, num_val=4, image_size=(64, 64))
+    config = ShapesConfig(num_train=2, num_val=4, num_test=0, image_size=(64, 64))
     generate_dataset(config, data)
     monkeypatch.setenv('TINY_DATA', str(data))
     cfg = Config.fromfile(CONFIG)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from deform_gqa.datasets.shapes import generate_dataset
-from deform_gqa.datasets.shapes_config import ShapesConfig
+from deform_gqa.datasets.shapes_config import SPLITS, ShapesConfig
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,6 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--out-dir', type=Path, default=Path('data/shapes'), help='dataset folder')
     add('--num-train', type=int, default=defaults.num_train, help='training images')
     add('--num-val', type=int, default=defaults.num_val, help='validation images')
+    add('--num-test', type=int, default=defaults.num_test, help='test images')
     add(
         '--image-size',
         type=int,
@@ -59,6 +60,7 @@ def make_config(args: argparse.Namespace) -> ShapesConfig:
     return ShapesConfig(
         num_train=args.num_train,
         num_val=args.num_val,
+        num_test=args.num_test,
         image_size=(args.image_size[0], args.image_size[-1]),
         seed=args.seed,
         min_objects=args.min_objects,
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Progress(
             '{task.description}', *columns, console=Console(stderr=True)
         ) as progress:
-            total = config.num_train + config.num_val
+            total = sum(config.num_images(split) for split in SPLITS)
             task = progress.add_task('images', total=total, visible=False)
 
             def advance() -> None:
@@ -96,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'{args.out_dir}: already there, nothing to do')
         return 0
     print(
-        f'{args.out_dir}: {config.num_train} training and {config.num_val} '
-        f'validation images, {config.image_size[0]}x{config.image_size[1]}'
+        f'{args.out_dir}: {config.num_train} training, {config.num_val} validation and '
+        f'{config.num_test} test images, {config.image_size[0]}x{config.image_size[1]}'
     )
     return 0
 

@@ -74,6 +74,7 @@ def test_equals_golden_data(backend):
     actual = [out, *torch.autograd.grad(out, inputs, data['grad_out'])]
     names = ('out', 'grad_value', 'grad_locations', 'grad_weights')
     assert_all_close(actual, [data[name] for name in names], 1e-5)
+    assert out.is_contiguous()
 
 
 @pytest.mark.parametrize('logits', [False, True])

@@ -124,7 +124,9 @@ LOCATIONS, WEIGHTS = 'sampling_locations', 'attention_weights'
         ('spatial_shapes', lambda x: x[0], ValueError, 'spatial_shapes must have'),
         ('spatial_shapes', lambda x: x[:1], ValueError, 'level_start_index must have'),
         ('spatial_shapes', lambda x: -x, ValueError, 'not be negative'),
+        ('spatial_shapes', lambda x: [(-5, 7), (3, 4)], ValueError, r'got \(-5, 7\)'),
         ('spatial_shapes', lambda x: [(5, 7), (3, 5)], ValueError, 'hold 50 keys'),
+        ('spatial_shapes', lambda x: [(5, 7), (3, 3)], ValueError, 'hold 44 keys'),
         ('level_start_index', lambda x: 7, TypeError, 'level_start_index .* got int'),
         ('level_start_index', lambda x: [0, 3.0], TypeError, 'must be an integer'),
         ('level_start_index', lambda x: x.double(), TypeError, 'index must hold int'),
@@ -168,6 +170,11 @@ def test_no_samples(points):
         ms_deform_attn(**call)
     with pytest.raises(ValueError, match='sampling_locations must have'):
         ms_deform_attn(**call | dict(spatial_shapes=[], level_start_index=None))
+
+
+def test_no_heads():
+    with pytest.raises(ValueError, match='the 0 heads of sampling_locations must be'):
+        ms_deform_attn(**arguments(MsDeformCase(heads=0)))
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def search(folder: Path, budget_ms: float, trials: int, epochs: int) -> dict[str
         trial.set_user_attr('latency_ms', elapsed_ms)
         if elapsed_ms > budget_ms:
             raise optuna.TrialPruned(f'{elapsed_ms:.0f} ms')
-        return train_and_test(cfg, 'val')[0]
+        return train_and_test(cfg, 'val')
 
     ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     done = len(study.get_trials(deepcopy=False, states=ended))

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def make_config(
     return cfg
 
 
-def train_and_test(cfg: Config, split: str) -> tuple[float, float]:
+def train_and_test(cfg: Config, split: str) -> float:
     """Trains, from the last checkpoint if there is one, and tests.
 
     Args:
@@ -54,7 +55,7 @@ def train_and_test(cfg: Config, split: str) -> tuple[float, float]:
         split: 'val' or 'test'.
 
     Returns:
-        bbox mAP, and the seconds of this training: those since it was resumed.
+        bbox mAP.
     """
     cfg = cfg.copy()
     checkpoint = find_latest_checkpoint(cfg.work_dir)
@@ -64,33 +65,26 @@ def train_and_test(cfg: Config, split: str) -> tuple[float, float]:
         cfg.test_dataloader = cfg.val_dataloader
         cfg.test_evaluator = cfg.val_evaluator
     runner = build_runner(cfg)
-    start = time.perf_counter()
     runner.train()
-    elapsed_s = time.perf_counter() - start
     # MMDetection reports no metrics where nothing is detected.
-    return runner.test().get(METRIC, 0.0), elapsed_s
+    return runner.test().get(METRIC, 0.0)
 
 
 def latency_ms(cfg: Config) -> float:
-    """Median CPU time of one thread for an image, from pixels to the head's maps.
-
-    CPU time, unlike wall-clock time, hardly depends on what else the machine does.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """CPU time of one thread for an image, from pixels to the head's maps."""
     detector = build_detector(cfg).eval()
-    image, samples = torch.randn(1, 3, *IMAGE_SIZE), []
+    image = torch.randn(1, 3, *IMAGE_SIZE)
     with torch.no_grad():
-        for _ in range(WARMUP_CALLS + CALLS):
-            start = time.thread_time_ns()
-            detector(image, mode='tensor')
-            samples.append((time.thread_time_ns() - start) / 1e6)
-    torch.set_num_threads(threads)
-    return statistics.median(samples[WARMUP_CALLS:])
+        return _cpu_ms(lambda: detector(image, mode='tensor'))
 
 
-def training_memory_mib(cfg: Config) -> float | None:
-    """Peak of forward and backward over the use before, for one image."""
+def training_cost(cfg: Config) -> tuple[float, float | None]:
+    """Of forward and backward for one image: CPU time of one thread, extra memory.
+
+    Returns:
+        Milliseconds, and the peak in MiB over the use before; None where the system
+        does not tell it.
+    """
     detector = build_detector(cfg).train()
     image = torch.randn(1, 3, *IMAGE_SIZE)
 
@@ -98,10 +92,26 @@ def training_memory_mib(cfg: Config) -> float | None:
         outs = detector(image, mode='tensor')
         sum(x.float().square().mean() for part in outs for x in part).backward()
 
-    step()  # gradients of the parameters are there before
+    elapsed_ms = _cpu_ms(step)  # leaves the gradients of the parameters there
     with PeakMemory(torch.device('cpu')) as memory:
         step()
-    return memory.extra_mib
+    return elapsed_ms, memory.extra_mib
+
+
+def _cpu_ms(call: Callable[[], Any]) -> float:
+    """Median CPU time of one thread.
+
+    Unlike wall-clock time, it hardly depends on what else the machine does.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    samples = []
+    for _ in range(WARMUP_CALLS + CALLS):
+        start = time.process_time_ns()
+        call()
+        samples.append((time.process_time_ns() - start) / 1e6)
+    torch.set_num_threads(threads)
+    return statistics.median(samples[WARMUP_CALLS:])
 
 
 def build_detector(cfg: Config) -> nn.Module:

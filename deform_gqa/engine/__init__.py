@@ -6,6 +6,7 @@ from deform_gqa.engine.checkpoint_io import (
     load_checkpoint,
     use_safe_loading,
 )
+from deform_gqa.engine.flop_handles import register_flop_handles
 from deform_gqa.engine.hooks import (
     AttentionDistillationHook,
     AttentionVisualizationHook,
@@ -15,6 +16,7 @@ from deform_gqa.engine.hooks import (
     RuntimeBenchmarkHook,
     WeightsCheckHook,
 )
+from deform_gqa.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from deform_gqa.engine.resumable_loops import (
     ResumableEpochBasedTrainLoop,
     ResumableIterBasedTrainLoop,
@@ -25,6 +27,7 @@ __all__ = [
     'AttentionVisualizationHook',
     'BFloat16OptimWrapper',
     'GQAConversionHook',
+    'LayerDecayOptimWrapperConstructor',
     'PreemptionHook',
     'ResumableCheckpointHook',
     'ResumableEpochBasedTrainLoop',
@@ -33,5 +36,8 @@ __all__ = [
     'WeightsCheckHook',
     'check_checkpoint',
     'load_checkpoint',
+    'register_flop_handles',
     'use_safe_loading',
 ]
+
+register_flop_handles()

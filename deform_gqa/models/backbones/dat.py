@@ -226,6 +226,38 @@ class DAT(BaseModule):
                 outs.append(self.norms[i](x).contiguous())
         return tuple(outs)
 
+    def get_layer_depth(
+        self, param_name: str, prefix: str = '', by_stage: bool = False
+    ) -> tuple[int, int]:
+        """The layer that a parameter belongs to, for layer-wise learning rates.
+
+        Args:
+            param_name: Its name in the detector, or in the backbone.
+            prefix: What the names of the backbone's parameters begin with.
+            by_stage: Whether a layer is a whole stage rather than a block.
+
+        Returns:
+            The number of its layer, and that of all layers. The stem is layer 0; what
+            comes after the backbone, and the norms of the maps that it returns, which
+            no classifier has trained, are the last layer.
+        """
+        depths = [len(stage.letters) for stage in self.stages]
+        num_layers = (len(depths) if by_stage else sum(depths)) + 2
+        name = param_name.removeprefix(prefix)
+        part, *rest = name.split('.')
+        outside = not param_name.startswith(prefix)
+        if outside or part not in ('patch_proj', 'down_projs', 'stages'):
+            return num_layers - 1, num_layers
+        if part == 'patch_proj':
+            return 0, num_layers
+        stage, block = int(rest[0]), 0
+        if part == 'down_projs':
+            stage += 1  # it leads to the next stage
+        elif rest[1] != 'proj':
+            each = 2 if rest[1] in ('layer_norms', 'layer_scales') else 1
+            block = int(rest[2]) // each
+        return (stage if by_stage else sum(depths[:stage]) + block) + 1, num_layers
+
     def _freeze(self) -> None:
         if self.frozen_stages < 0:
             return

@@ -34,16 +34,20 @@ say "testing $checkpoint"
 python tools/test.py "$CONFIG" "$checkpoint" --work-dir "$WORK_DIR/test" \
     --show-dir pictures
 
+newest=$(ls -td "$WORK_DIR"/test/*/ | head -n 1)
+advice='the pictures could not be drawn; the reason is above.'
+python tools/draw_run.py "$WORK_DIR" --pictures "$newest"
+
 advice='the benchmark stopped; the reason is above.'
 say 'benchmark of the attention operators'
 python tools/benchmark.py op --quick --out "$WORK_DIR/benchmark"
 
-newest=$(ls -td "$WORK_DIR"/test/*/ | head -n 1)
 cat <<EOF
 
 Done in ${SECONDS}s.
   checkpoint       $checkpoint
   metrics          $(ls "$newest"*.json)
   pictures         ${newest}pictures
+                   $WORK_DIR/predictions.png, $WORK_DIR/training.png
   benchmark table  $WORK_DIR/benchmark
 EOF

@@ -11,3 +11,4 @@ _base_ = [
 model = dict(
     roi_head=dict(bbox_head=dict(num_classes=6), mask_head=dict(num_classes=6))
 )
+visualizer = dict(alpha=0.4)  # drawn masks do not hide the image

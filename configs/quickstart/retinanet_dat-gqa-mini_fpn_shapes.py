@@ -28,3 +28,4 @@ custom_hooks = [
 ]
 val_evaluator = dict(metric='bbox')
 test_evaluator = dict(metric='bbox')
+visualizer = dict(alpha=0.4)  # drawn masks do not hide the image

@@ -406,6 +406,13 @@ def test_what_does_not_fit_is_listed(caplog):
     assert not torch.equal(drawn.text.out_proj.weight, weight)
 
 
+def test_weights_that_the_old_module_lacks_are_listed():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    rule = dict(pattern='0', type=nn.Linear, replaces='Linear', bias=True)
+    with pytest.raises(ValueError, match=r'bias: none -> \(4,\)'):
+        swap_attention(model, [rule])
+
+
 @pytest.mark.parametrize(
     ('rule', 'error', 'message'),
     [

@@ -199,7 +199,7 @@ class MSDeformAttn(BaseModule):
             reference_points: As in ``forward``.
             spatial_shapes: (L, 2), the (H, W) of each level, or a list of pairs.
         """
-        sizes = shapes_tensor(spatial_shapes).to(query.device).flip(-1)
+        sizes = shapes_tensor(spatial_shapes).to(query.device, non_blocking=True)
         if sizes.shape[0] != self.num_levels:
             raise ValueError(
                 f'spatial_shapes must have num_levels ({self.num_levels}) levels, '
@@ -216,7 +216,7 @@ class MSDeformAttn(BaseModule):
             points = reference_points.to(dtype)[:, :, None, :, None]
             if points.shape[-1] == 2:
                 # An empty level has no samples, whose offsets are then 0 / 0
-                return points + offsets / sizes.clamp(min=1)[:, None]
+                return points + offsets / sizes.flip(-1).clamp(min=1)[:, None]
             halves = points[..., 2:] * (0.5 / self.num_points)
             return points[..., :2] + offsets * halves
 

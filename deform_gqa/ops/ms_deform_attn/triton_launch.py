@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common.fixed_point import fixed_point_unit
+from ..common.fixed_point import fixed_point_unit, from_fixed_point
 from ..common.triton_host import on_device_of_first_tensor
 from .triton_bwd import ms_deform_attn_bwd_kernel
 from .triton_fwd import ms_deform_attn_fwd_kernel
@@ -118,7 +118,8 @@ def ms_deform_attn_backward(
         **constants,
     )
     if fixed:
-        grad_value = grad_value.double() / unit.double()
+        # Logits that give no weights leave nan there, and ordinary numbers in sums.
+        grad_value = from_fixed_point(grad_value, unit, grad_weights)
     return grad_value.to(value.dtype), grad_locations, grad_weights
 
 

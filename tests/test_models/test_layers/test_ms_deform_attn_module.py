@@ -44,6 +44,12 @@ def call(numbers=2, batch_first=False, queries=6, seed=1, shapes=SHAPES):
     )
 
 
+def in_double(inputs):
+    return {
+        name: x.double() if x.is_floating_point() else x for name, x in inputs.items()
+    }
+
+
 def outputs_and_gradients(module, inputs):
     out = module(**inputs)
     out.square().sum().backward()
@@ -78,6 +84,20 @@ def test_the_older_name_of_identity():
     expected = make()(**inputs)
     inputs['residual'] = inputs.pop('identity')
     assert torch.equal(make()(**inputs), expected)
+
+
+def test_reference_points_that_are_repeated():
+    inputs = call()
+    for dim in range(3):
+        points = inputs['reference_points'].narrow(dim, 0, 1)
+        narrow = make()(**inputs | dict(reference_points=points))
+        points = points.expand_as(inputs['reference_points'])
+        assert torch.equal(narrow, make()(**inputs | dict(reference_points=points)))
+
+
+def test_the_backend_is_passed_on():
+    with pytest.raises(ValueError, match="'triton' cannot run ms_deform_attn"):
+        make(backend='triton').double()(**in_double(call()))
 
 
 def test_levels_as_a_list():
@@ -175,11 +195,7 @@ def test_training_under_autocast():
 
 
 def test_double_precision():
-    module, inputs = make().double(), call()
-    inputs = {
-        name: x.double() if x.is_floating_point() else x for name, x in inputs.items()
-    }
-    assert module(**inputs).dtype == torch.float64
+    assert make().double()(**in_double(call())).dtype == torch.float64
 
 
 @pytest.mark.parametrize(

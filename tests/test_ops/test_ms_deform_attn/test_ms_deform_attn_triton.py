@@ -72,6 +72,40 @@ def test_deterministic_mode(logits):
         assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('logit', [float('nan'), float('inf')])
+def test_bad_logits_reach_value_in_deterministic_mode(logit):
+    """An integer sum would hold an ordinary number in place of nan."""
+    case = MsDeformCase(
+        batch=1, queries=2, heads=1, value_heads=1, points=1, logits=True, dim=8
+    )
+    inputs = case.inputs(torch.float32)
+    with torch.no_grad():
+        inputs[2][0, 0, 0, 0] = logit
+    torch.use_deterministic_algorithms(True)
+    try:
+        _, grad_value, *_ = case.run(inputs, 'triton')
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert grad_value.isnan().any()
+
+
+def test_fixed_point_sums_do_not_overflow():
+    """All samples of the heads that share a value hit one pixel, with equal signs."""
+    from deform_gqa.ops.ms_deform_attn import triton_launch
+
+    case = MsDeformCase(
+        batch=1, queries=12, heads=2, value_heads=1, points=2, dim=8, shapes=((1, 1),)
+    )
+    value, locations, weights = case.inputs(torch.float32)
+    with torch.no_grad():
+        locations.fill_(0.5), weights.fill_(5.0)
+    grad_out = torch.full((1, 12, 16), 3.0)
+    for logits, each in ((False, 5.0), (True, 0.5)):
+        unit = triton_launch._unit(grad_out, weights, value, logits)
+        total = 12 * 2 * 2 * each * 3.0
+        assert 2**59 < total * unit <= 2**61
+
+
 @pytest.mark.parametrize(
     'empty', [dict(batch=0), dict(queries=0), dict(shapes=((0, 3),))]
 )

@@ -6,6 +6,7 @@ import mmcv
 import numpy as np
 import pytest
 import torch
+from metafiles import metadata_of
 from mmcv.transforms import Compose
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
@@ -54,6 +55,9 @@ def test_config(path, tmp_path):
     model = MODELS.build(cfg.model)
     if hasattr(model, 'level_embed'):  # any memory until init_weights
         torch.nn.init.normal_(model.level_embed)
+    if path.startswith('configs/'):
+        counted = sum(parameter.numel() for parameter in model.parameters())
+        assert metadata_of(path)['Parameters'] == counted
     run_pipelines(cfg, tmp_path)
     optim = build_optim_wrapper(model, cfg.optim_wrapper)
 

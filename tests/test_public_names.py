@@ -36,6 +36,7 @@ ROOMS = (
     'deform_gqa.models.backbones',
     'deform_gqa.conversion',
     'deform_gqa.engine',
+    'deform_gqa.engine.coco_metric',
     'deform_gqa.engine.hooks',
     PROJECT,
 )
@@ -151,7 +152,7 @@ def detectors() -> dict[str, str]:
     configs = [*ROOT.glob('configs/*/*.py'), *ROOT.glob('projects/*/configs/*.py')]
     table = {}
     for path in sorted(configs):
-        if '_base_' in path.parts or '-3x_coco' in path.name:
+        if '_base_' in path.parts or '-3x' in path.name:
             continue  # the long schedules have the models of the short ones
         model = Config.fromfile(path).model
         # Swin reads drop rates from a tensor

@@ -1,6 +1,6 @@
 """COCO with the images in many scales, half of them cropped (as in DETR)."""
 
-_base_ = 'mmdet::_base_/datasets/coco_detection.py'
+_base_ = './coco_detection.py'
 
 scales = [(side, 1333) for side in range(480, 801, 32)]
 train_pipeline = [

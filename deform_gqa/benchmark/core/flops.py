@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from deform_gqa.ops.common.backends import OPS
@@ -77,25 +78,52 @@ class _Counter(TorchDispatchMode):
     and fails where a parameter is the input of a module without gradients.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compute: bool) -> None:
         super().__init__()
+        self.compute = compute
         self.total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         formula = _formulas().get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        if formula is None:
+            return func(*args, **kwargs)
+        out = (func if self.compute else _zeros(func))(*args, **kwargs)
+        self.total += formula(*args, **kwargs, out_val=out)
         return out
 
 
-def count_flops(call: Callable[[], Any]) -> int:
-    """FLOPs of one call, which runs once."""
+def _zeros(func: Callable[..., Any]) -> Callable[..., Any]:
+    """An op that returns zeros in the shapes of its outputs."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        device = next(
+            x for x in tree_leaves(args) if isinstance(x, torch.Tensor)
+        ).device
+        args, kwargs = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
+        zeros = functools.partial(torch.zeros_like, device=device)
+        return tree_map_only(torch.Tensor, zeros, func(*args, **kwargs))
+
+    return call
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to('meta')
+
+
+def count_flops(call: Callable[[], Any], compute: bool = True) -> int:
+    """FLOPs of one call, which runs once.
+
+    Args:
+        call: Without arguments.
+        compute: False for zeros in place of all that is counted, which saves most of
+            the time where the result is not needed.
+    """
     # torch's fast path of attention in eval mode is one op, without a formula.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _Counter() as counter:
+        with _Counter(compute) as counter:
             call()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

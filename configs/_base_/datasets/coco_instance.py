@@ -1,0 +1,6 @@
+"""COCO, evaluated by faster-coco-eval where that is installed."""
+
+_base_ = 'mmdet::_base_/datasets/coco_instance.py'
+
+val_evaluator = dict(type='AutoCocoMetric')
+test_evaluator = dict(type='AutoCocoMetric')

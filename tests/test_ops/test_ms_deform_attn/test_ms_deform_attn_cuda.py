@@ -74,6 +74,19 @@ def test_head_dims(dim, dtype):
     check(dataclasses.replace(CASE, heads=4, value_heads=2, dim=dim), dtype)
 
 
+@pytest.mark.parametrize(
+    'empty', [dict(batch=0), dict(queries=0), dict(shapes=((0, 3),))]
+)
+def test_empty(empty):
+    """No launch without programs, and none reads levels without pixels."""
+    case = dataclasses.replace(CASE, **empty)
+    inputs = draw_inputs(case, torch.float32)
+    out, *grads = case.run(inputs, 'triton')
+    assert out.shape == (case.batch, case.queries, 256) and not out.any()
+    for grad, x in zip(grads, inputs, strict=True):
+        assert grad.shape == x.shape and not grad.any()
+
+
 @pytest.mark.parametrize('backend', ['torch', 'triton'])
 @pytest.mark.parametrize('logits', [False, True])
 @pytest.mark.parametrize('dtype', list(ATOL))

@@ -20,7 +20,12 @@ LEVELS = (
     ('deform_gqa', 'deform_gqa.archs', 'deform_gqa.datasets', 'deform_gqa.ops.common'),
     ('deform_gqa.ops',),
     ('deform_gqa.models',),
-    ('deform_gqa.conversion', 'deform_gqa.visualization', 'deform_gqa.profiling'),
+    (
+        'deform_gqa.conversion',
+        'deform_gqa.export',
+        'deform_gqa.visualization',
+        'deform_gqa.profiling',
+    ),
     ('deform_gqa.engine',),
     ('deform_gqa.benchmark',),
     ('deform_gqa.inspect', 'projects'),

@@ -1,5 +1,7 @@
 """Public function of deform_attn: checks, choice of the backend, dispatch."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,7 +81,8 @@ def deform_attn(
     backend = choose_backend(
         'deform_attn',
         backend,
-        weights=q.shape[:3].numel() * k.shape[2] if biased else None,
+        # Not numel(), which would make constants of the sizes that torch.export traces.
+        weights=math.prod(q.shape[:3]) * k.shape[2] if biased else None,
         device=q.device,
         dtype=q.dtype,
         head_dim=q.shape[3],

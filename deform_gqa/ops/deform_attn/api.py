@@ -1,7 +1,5 @@
 """Public function of deform_attn: checks, choice of the backend, dispatch."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,8 +79,7 @@ def deform_attn(
     backend = choose_backend(
         'deform_attn',
         backend,
-        # Not numel(), which would make constants of the sizes that torch.export traces.
-        weights=math.prod(q.shape[:3]) * k.shape[2] if biased else None,
+        weights=_count_weights(q, k) if biased else None,
         device=q.device,
         dtype=q.dtype,
         head_dim=q.shape[3],
@@ -109,6 +106,12 @@ def deform_attn(
         backend,
     )
     return out
+
+
+def _count_weights(q: Tensor, k: Tensor) -> int:
+    # Not numel(), which would make constants of the sizes that torch.export traces.
+    batch, heads, num_queries, _ = q.shape
+    return batch * heads * num_queries * k.shape[2]
 
 
 def _has_fused_attention(q: Tensor, dropout_p: float) -> bool:

@@ -31,11 +31,16 @@ QUICK_SIZES = ((240, 320),)
 QUICK_STAGES = (2,)
 DEFAULT_LAYERS = ('DeformableGQA', 'NeighborhoodAttention')
 ARCH = 't++'
-# Modules of token sequences (B, N, C) name their options differently.
-TOKENS = {'MultiheadGQA': ('embed_dim', 'query_heads', 'kv_heads')}
-MAPS = ('dim', 'num_heads', 'num_kv_heads')
+# What types call their channels, query heads and kv heads
+NAMES = ('dim', 'num_heads', 'num_kv_heads')
+OTHER_NAMES = {
+    'DeformableAttention2D': ('dim', 'heads', 'num_groups'),
+    'MultiheadGQA': ('embed_dim', 'query_heads', 'kv_heads'),
+}
+TOKENS = ('MultiheadGQA',)  # modules of token sequences (B, N, C)
 # Kinds that no block letter stands for
 OTHERS = (
+    'DeformableAttention2D',
     'GroupedQueryAttention',
     'KeyDrivenGQA',
     'LinformerAttention',
@@ -84,7 +89,7 @@ def run(args: argparse.Namespace, command: str) -> None:
 
 def option_names(kind: str) -> tuple[str, str, str]:
     """What a type calls its channels, query heads and kv heads."""
-    return TOKENS.get(kind, MAPS)
+    return OTHER_NAMES.get(kind, NAMES)
 
 
 def layer_config(
@@ -99,7 +104,7 @@ def layer_config(
     dim_name, heads_name, kv_name = option_names(kind)
     config = {dim_name: arch['embed_dims'][stage - 1]}
     config[heads_name] = arch['num_heads'][stage - 1]
-    if kind in TOKENS:
+    if kind in OTHER_NAMES:  # whose default is not one kv head for each query head
         config[kv_name] = arch['num_heads'][stage - 1]
     for name, arch_options in LETTERS.values():
         if name == kind:

@@ -16,6 +16,7 @@ from deform_gqa.ops import (
     hierarchical_gqa,
     scaled_dot_product_gqa,
 )
+from deform_gqa.ops.gqa import query_groups
 
 BATCH, TOKENS, HEADS, DIM = 2, 23, 4, 6
 
@@ -91,6 +92,16 @@ def test_more_iterations_give_more_similar_groups():
         return (member @ centres * x).sum(-1).mean()
 
     assert likeness(0) < likeness(1) < likeness(5)
+
+
+def test_groups_without_tokens_keep_their_centres():
+    x = F.normalize(draw(1, 6, 4), dim=-1)
+    centres = F.normalize(draw(1, 1, 3, 4, seed=1), dim=-1)
+    ids = torch.tensor([[0, 0, 2, 2, 2, -1]])
+    moved = query_groups._moved(x, centres, ids)[0, 0]
+    assert_close(moved[0], F.normalize(x[0, :2].sum(0), dim=0))
+    assert torch.equal(moved[1], centres[0, 0, 1])
+    assert_close(moved[2], F.normalize(x[0, 2:5].sum(0), dim=0))
 
 
 @pytest.mark.parametrize(('tokens', 'groups'), [(24, 4), (23, 4), (7, 7), (9, 1)])

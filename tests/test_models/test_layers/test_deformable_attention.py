@@ -17,8 +17,8 @@ from deform_gqa.models import (
     DeformableAttention2D,
     DeformableAttention3D,
 )
-from deform_gqa.models.layers import deformable_attention, position_bias
-from deform_gqa.models.layers.deformable_attention import BakedBias
+from deform_gqa.models.layers import baked_bias, position_bias
+from deform_gqa.models.layers.baked_bias import BakedBias
 from deform_gqa.ops import deform_attn
 
 FORMS = {
@@ -342,7 +342,7 @@ def test_keys_beyond_the_edge_are_brought_to_it(size, monkeypatch):
         calls.append((pos.abs().max() <= 1, options['pos_in_range']))
         return deform_attn(q, k, v, pos, table, **options)
 
-    monkeypatch.setattr(deformable_attention, 'deform_attn', spy)
+    monkeypatch.setattr(baked_bias, 'deform_attn', spy)
     options = dict(offset_scale=20.0, downsample_factor=1, offset_kernel_size=3)
     module, _ = baked(2, 9, **options)
     module(draw(2, 32, *size))

@@ -76,7 +76,8 @@ def test_rtmdet_by_grid_sample(tmp_path):
 @pytest.fixture(scope='module')
 def backbone():
     torch.manual_seed(0)
-    return DAT(dict(ARCH, block_types=('D', 'S', 'L', 'X')), out_indices=(0, 1)).eval()
+    arch = dict(ARCH, block_types=('D', 'S', 'N', 'X'))
+    return DAT(arch, out_indices=(0, 1, 2)).eval()
 
 
 def test_program_of_a_backbone(backbone, tmp_path):

@@ -6,7 +6,6 @@ those of its ancestor, https://github.com/lucidrains/deformable-attention. The o
 block of DAT, with the fused kernel, is ``DeformableGQA``.
 """
 
-
 from mmdet.registry import MODELS
 from torch import nn
 

@@ -22,6 +22,8 @@ SMALL = dict(
     train_cfg=dict(max_epochs=1, val_interval=1),
     param_scheduler=[],
     custom_hooks=[],
+    # mmengine would give the visualizer of an earlier test, with its folder.
+    visualizer=dict(name='analysis_tools'),
     default_hooks=dict(logger=dict(interval=1)),
     model=dict(test_cfg=dict(score_thr=0.0, max_per_img=5)),
     train_dataloader=dict(num_workers=0, persistent_workers=False),

@@ -205,7 +205,7 @@ class MSDeformAttn(BaseModule):
                 f'spatial_shapes must have num_levels ({self.num_levels}) levels, '
                 f'got {sizes.shape[0]}'
             )
-        self._check_reference_points(query, reference_points)
+        _check_reference_points(query, reference_points, self.num_levels)
         dtype = torch.promote_types(dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
             offsets = torch.nn.functional.linear(
@@ -220,22 +220,23 @@ class MSDeformAttn(BaseModule):
             halves = points[..., 2:] * (0.5 / self.num_points)
             return points[..., :2] + offsets * halves
 
-    def _check_reference_points(self, query: Tensor, points: Tensor) -> None:
-        """Dimensions of size 1 are repeated."""
-        if not isinstance(points, Tensor):
-            raise TypeError(
-                f'reference_points must be a tensor, got {type(points).__name__}'
-            )
-        if points.shape[-1] not in (2, 4):
-            raise ValueError(
-                'reference_points must have 2 or 4 numbers, '
-                f'got shape {tuple(points.shape)}'
-            )
-        expected = (*query.shape[:2], self.num_levels)
-        if points.ndim != 4 or any(
-            x != 1 and x != y for x, y in zip(points.shape, expected, strict=False)
-        ):
-            raise ValueError(
-                f'reference_points must have shape (B, N, L, 2 or 4) with (B, N, L) = '
-                f'{expected}, got {tuple(points.shape)}'
-            )
+
+def _check_reference_points(query: Tensor, points: Tensor, num_levels: int) -> None:
+    """Dimensions of size 1 are repeated."""
+    if not isinstance(points, Tensor):
+        raise TypeError(
+            f'reference_points must be a tensor, got {type(points).__name__}'
+        )
+    if points.shape[-1] not in (2, 4):
+        raise ValueError(
+            'reference_points must have 2 or 4 numbers, '
+            f'got shape {tuple(points.shape)}'
+        )
+    expected = (*query.shape[:2], num_levels)
+    if points.ndim != 4 or any(
+        x != 1 and x != y for x, y in zip(points.shape, expected, strict=False)
+    ):
+        raise ValueError(
+            f'reference_points must have shape (B, N, L, 2 or 4) with (B, N, L) = '
+            f'{expected}, got {tuple(points.shape)}'
+        )

@@ -44,15 +44,22 @@ def _cells(name: str, result: dict[str, Any] | None) -> list[str]:
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """mAP against latency, one labelled point for each row."""
+    """mAP against latency, one numbered point for each row, from fast to slow."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    figure = Figure(figsize=(8, 5), layout='constrained')
+    figure = Figure(figsize=(9, 6), layout='constrained')
     axes = figure.subplots()
-    for name, result in results.items():
-        point = (result['latency_ms'], result['bbox_mAP'])
-        axes.scatter(*point, s=25)
-        axes.annotate(name, point, xytext=(4, 3), textcoords='offset points', size=8)
+    order = sorted(results, key=lambda name: results[name]['latency_ms'])
+    for rank, name in enumerate(order, start=1):
+        point = (results[name]['latency_ms'], results[name]['bbox_mAP'])
+        axes.scatter(*point, s=30, label=f'{rank}  {name}')
+        axes.annotate(rank, point, xytext=(3, 3), textcoords='offset points', size=8)
+    figure.legend(loc='outside right upper', fontsize=8)
+    axes.set_xscale('log')
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel('CPU time of one image [ms]')
     axes.set_ylabel('bbox mAP on BCCD')
     axes.grid(alpha=0.3)

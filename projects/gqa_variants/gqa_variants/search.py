@@ -79,6 +79,7 @@ def search(folder: Path, budget_ms: float, trials: int, epochs: int) -> dict[str
 def draw_history(trials: list, budget_ms: float, path: Path) -> None:
     """mAP of the trials within the budget, the best so far, and latencies."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 6), layout='constrained')
     upper, lower = figure.subplots(2, sharex=True)
@@ -98,4 +99,5 @@ def draw_history(trials: list, budget_ms: float, path: Path) -> None:
     lower.legend()
     lower.set_ylabel('latency [ms]')
     lower.set_xlabel('trial')
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=150)
